@@ -1,0 +1,141 @@
+"""What the loss head is asked to compute, what it is given, and what it returns.
+
+Every path (reference, Triton, tensor-parallel) takes these three dataclasses, so a path that
+cannot express an objective can say so by name instead of computing another one.
+
+Letters: T scored tokens, S sequences, H hidden size, V vocabulary (or its local shard).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+SURROGATES = ("clip", "cispo", "sapo", "reinforce")
+RATIO_LEVELS = ("token", "sequence")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+# |log-ratio| is clamped before exp so that one drifted token cannot overflow the loss: e^20 = 4.9e8.
+MAX_LOG_RATIO = 20.0
+
+
+class UnsupportedObjective(ValueError):
+    """Raised by a path that cannot compute the given objective exactly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The GRPO family in one formula.
+
+    loss = sum_t w_t * [surrogate(rho_t, A_t) * c_t + kl_coef * kl_t] - entropy_coef * sum_t w_t * H_t
+    with rho_t = exp(clamp(lp_t - old_t, +-20)). Everything that normalises (1/|o_i|, 1/G, ...) is in w_t.
+
+    Sources: GRPO arXiv 2402.03300 eq. 3-4; DAPO 2503.14476; Dr.GRPO 2503.20783; GSPO 2507.18071;
+    CISPO 2506.13585; SAPO 2511.20347; dual clip 1912.09729.
+
+    Raises ValueError, naming the field, on a value outside its range.
+    """
+
+    surrogate: str = "clip"
+    """clip: -min(rho*A, clip(rho, 1-low, 1+high)*A).  cispo: -sg(clip(rho, 1-low, 1+high))*A*lp.
+    sapo: -(4/tau)*sigmoid(tau*(rho-1))*A.  reinforce: -A*lp."""
+    ratio_level: str = "token"
+    """token, or sequence: rho becomes exp(mean of lp - old over the sequence's tokens with w != 0) (GSPO)."""
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    dual_clip: float | None = None
+    """c > 1: where A < 0 the clip surrogate's loss is at most -c*A."""
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    kl_coef: float = 0.0
+    """beta; 0 needs no reference logprobs."""
+    kl_estimator: str = "k3"
+    """k1 = lp - ref;  k2 = (lp - ref)^2 / 2;  k3 = e^d - d - 1 with d = clamp(ref - lp, +-20)."""
+    kl_times_ratio: bool = False
+    """Multiply the KL estimate by the token's rho, with gradient through both factors (unbiased gradient)."""
+    entropy_coef: float = 0.0
+    temperature: float = 1.0
+    """Divides the logits, as the sampler did."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, mend: str) -> None:
+            if not ok:
+                raise ValueError(f"Objective.{name}={getattr(self, name)!r}: {mend}")
+
+        require(self.surrogate in SURROGATES, "surrogate", f"choose one of {', '.join(SURROGATES)}")
+        require(self.ratio_level in RATIO_LEVELS, "ratio_level", f"choose one of {', '.join(RATIO_LEVELS)}")
+        require(self.kl_estimator in KL_ESTIMATORS, "kl_estimator", f"choose one of {', '.join(KL_ESTIMATORS)}")
+        require(0.0 <= self.clip_ratio_low <= 1.0, "clip_ratio_low", "use a value in [0, 1]")
+        require(self.clip_ratio_high >= 0.0, "clip_ratio_high", "use a value >= 0")
+        require(self.dual_clip is None or self.dual_clip > 1.0, "dual_clip", "use a value > 1, or null")
+        require(
+            self.dual_clip is None or self.surrogate == "clip", "dual_clip", "it belongs to surrogate=clip; use null"
+        )
+        require(self.sapo_tau_pos > 0.0, "sapo_tau_pos", "use a value > 0")
+        require(self.sapo_tau_neg > 0.0, "sapo_tau_neg", "use a value > 0")
+        require(self.kl_coef >= 0.0, "kl_coef", "use a value >= 0")
+        require(self.temperature > 0.0, "temperature", "use a value > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """Everything known about the scored tokens before the forward pass; each field (T,) unless said.
+
+    A token with token_weights == 0 contributes nothing and may hold NaN, or any target, elsewhere.
+
+    Example, two sequences of 2 and 1 tokens with GRPO's weights 1/(S*|o_i|):
+        LossInputs(targets=[5, 7, 2], advantages=[1., 1., -1.], token_weights=[.25, .25, .5],
+                   old_logprobs=[-1.2, -.3, -2.], cu_seqlens=[0, 2, 3])    # tensors, written as lists
+    """
+
+    targets: Tensor
+    """int64; the sampled token ids, in [0, V) where token_weights != 0."""
+    advantages: Tensor
+    """float32."""
+    token_weights: Tensor
+    """float32; the aggregation, from global counts. 0 masks the token."""
+    old_logprobs: Tensor | None = None
+    """float32; None on-policy: the detached current logprobs stand in, so rho = 1 with its gradient."""
+    ref_logprobs: Tensor | None = None
+    """float32; needed when kl_coef > 0."""
+    importance_weights: Tensor | None = None
+    """float32; c_t, no gradient; None means 1."""
+    cu_seqlens: Tensor | None = None
+    """(S+1,) int32 or int64; where each sequence's tokens start; needed when ratio_level == "sequence"."""
+
+    def __post_init__(self) -> None:
+        num_tokens = self.targets.shape[0] if self.targets.ndim == 1 else None
+        if num_tokens is None:
+            raise ValueError(f"LossInputs.targets has shape {tuple(self.targets.shape)}: expected (T,)")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "cu_seqlens" or value is None:
+                continue
+            if value.shape != (num_tokens,):
+                raise ValueError(f"LossInputs.{field.name} has shape {tuple(value.shape)}: expected ({num_tokens},)")
+
+    def require_for(self, objective: Objective) -> None:
+        """Raise ValueError, naming the field, if the objective needs data that is not here."""
+        if objective.kl_coef > 0 and self.ref_logprobs is None:
+            raise ValueError("LossInputs.ref_logprobs is None: kl_coef > 0 needs the reference's logprobs")
+        if objective.ratio_level == "sequence" and self.cu_seqlens is None:
+            raise ValueError("LossInputs.cu_seqlens is None: ratio_level=sequence needs the sequences' bounds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """The loss and what the forward pass learned on the way.
+
+    metrics are detached float32 scalars, sums and counts so that micro-batches and ranks can be added:
+    num_tokens (w != 0), logprob_sum, entropy_sum (where the entropy is computed), ratio_sum, clip_low_count, clip_high_count,
+    dual_clip_count, kl_sum (k3 against ref, present when ref_logprobs is given), old_kl_sum (k3 against old).
+    """
+
+    loss: Tensor
+    """scalar float32 (float64 from the float64 reference), with gradient."""
+    logprobs: Tensor
+    """(T,) float32, detached; 0 where token_weights == 0."""
+    entropy: Tensor | None
+    """(T,) float32, detached; 0 where token_weights == 0."""
+    metrics: dict[str, Tensor]

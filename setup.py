@@ -1,0 +1,39 @@
+"""Packaging. `kernels/` and `conf/` live at the top level and are packaged through links inside `fastgrpo/`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fastgrpo",
+    version="0.1.0",
+    description="Fast, lean GRPO training: fused Triton kernels, Megatron-core learner, vLLM sampler, one copy of the weights",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["fastgrpo", "fastgrpo.*"]), "fastgrpo.kernels", "fastgrpo.conf"],
+    package_data={"fastgrpo.conf": ["**/*.yaml"]},
+    include_package_data=True,
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6",
+        "numpy",
+        "transformers>=5.16,<5.20",
+        "safetensors",
+        "hydra-core>=1.3.2,<1.4",
+        "pyarrow",
+        "rich",
+        "plotly",
+        "pebble",
+        "cloudpickle",
+        "tensorboard",
+    ],
+    extras_require={
+        # Triton 3.6's interpreter, which the tests run the kernels in, breaks on numpy 2.4.
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "numpy<2.4", "ruff", "mypy"],
+        "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy"],
+        "hub": ["datasets"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow"],
+    },
+    entry_points={"console_scripts": ["fastgrpo = fastgrpo.main:main"]},
+)
