@@ -1,0 +1,320 @@
+"""The configuration's schema: what can be set, its type, its default, and what it means.
+
+The docstring under each field is what `fastgrpo train --help` prints. `conf/` holds named choices of these
+values; `main.py` turns the composed configuration into these dataclasses once, and nothing below it sees Hydra.
+Defaults here are sound for a real model; conf/model/quickstart.yaml sets what a tiny one wants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something the user can mend: printed as one line (what, where, how to mend), exit code 2, no traceback."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where a run writes and how it shows itself."""
+
+    name: str = "default"
+    """The first folder under runs/."""
+    dir: str = "runs/${run.name}/${now:%Y-%m-%d_%H-%M-%S}"
+    """Everything the run writes goes here; runs/latest points to the newest."""
+    console: str = "auto"
+    """auto | live | plain | none: a live display on a terminal, plain lines when piped."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Any of tensorboard, wandb, mlflow; metrics.jsonl and report.html are always written."""
+
+
+@dataclass(kw_only=True)
+class WarmStartConfig:
+    """Supervised learning on worked solutions before GRPO (model.path=null with generated problems only)."""
+
+    target_accuracy: float = 0.25
+    """Stop once this share of sampled answers is right."""
+    max_steps: int = 2000
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str | None = None
+    """A local Hugging Face directory (Qwen2, Qwen3 or Llama) or a hub name. null builds a small Qwen3 from nothing."""
+    tokenizer_path: str | None = None
+    """Another directory for the tokenizer; null uses model.path."""
+    hidden_size: int = 128
+    """hidden_size to num_kv_heads shape the model that is built when path is null."""
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 384
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    cache_dir: str = "${oc.env:XDG_CACHE_HOME,${oc.env:HOME,.}/.cache}/fastgrpo"
+    """Where warm-started models are kept, by a hash of everything that made them."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The questions."""
+
+    source: str = "jsonl"
+    """jsonl | parquet | hub | arithmetic."""
+    path: str | None = None
+    """A .jsonl or .parquet file, or a hub data set's name."""
+    eval_path: str | None = None
+    """Held-out questions; null splits data.eval_size of them off data.path."""
+    eval_size: int = 256
+    """How many questions are held out. They never occur in training."""
+    hub_config: str | None = None
+    """The hub data set's configuration, such as `main` for openai/gsm8k."""
+    split: str = "train"
+    eval_split: str | None = None
+    """The hub data set's held-out split; null splits eval_size rows off."""
+    prompt_column: str = "question"
+    """A text, or a list of chat messages ({role, content})."""
+    answer_column: str | None = "answer"
+    """Handed to the reward as `answer`; null for data without answers."""
+    system_prompt: str | None = None
+    """Put before every question; needs a tokenizer with a chat template."""
+    prompt_template: str = "{prompt}"
+    """Wraps a text prompt, for example "{prompt}\\nThink step by step." """
+    chat_template: bool = True
+    """Apply the tokenizer's chat template where it has one."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the template, for example {enable_thinking: false}."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts follow data.long_prompts; null: the model's context less sampling.max_new_tokens."""
+    long_prompts: str = "fail"
+    """fail | drop (and count)."""
+    shuffle: bool = True
+    """A fresh order every epoch, a function of the seed; false keeps the file's."""
+    operation: str = "addition"
+    """arithmetic: addition | subtraction."""
+    num_digits: int = 3
+    """arithmetic: digits of each operand."""
+    num_problems: int = 20000
+    """arithmetic: how many training problems there are."""
+
+
+@dataclass(kw_only=True)
+class RewardTerm:
+    """One reward function and its weight."""
+
+    path: str = "???"
+    """module:function or file.py:function."""
+    weight: float = 1.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Fixed keyword arguments for the function."""
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    """How completions are scored. The contract of a reward function is in docs/rewards.md."""
+
+    path: str = "fastgrpo.rewards.verifiable:exact_match"
+    """module:function or file.py:function."""
+    weight: float = 1.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Fixed keyword arguments for the function."""
+    extra: dict[str, RewardTerm] = field(default_factory=dict)
+    """Further functions by name; the reward is the weighted sum of all."""
+    timeout_s: float = 30.0
+    """Time limit of one call."""
+    on_error: str = "fail"
+    """fail | zero | drop: what happens to a group whose reward function raises or exceeds the limit.
+    zero gives those completions 0, drop leaves the group out; both are counted in the metrics."""
+    num_workers: int = 2
+    """Processes that run reward functions; 0 runs them in the trainer's own, for functions that hold a model."""
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig:
+    """The policy that the KL term holds on to."""
+
+    schedule: str = "fixed"
+    """fixed | refresh (becomes the policy every refresh_every steps, iterative GRPO) | ema."""
+    refresh_every: int = 100
+    ema_decay: float = 0.99
+    """ema: reference = decay * reference + (1 - decay) * policy after every step."""
+
+
+@dataclass(kw_only=True)
+class AlgorithmConfig:
+    """The objective: GRPO and its relatives over one formula (docs/objective.md)."""
+
+    group_size: int = 8
+    """G, completions per prompt."""
+    advantage: str = "std"
+    """std: (r - mean) / std over the group (GRPO).  mean: r - mean (Dr.GRPO).  leave_one_out: r - mean of the
+    others (RLOO).  process: step rewards, normalised over the group and summed from each token on."""
+    std_ddof: int = 1
+    """1 is the field's habit; 0 divides by G."""
+    min_std: float = 0.0
+    """A floor under the std, so that a nearly constant reward does not explode the advantages."""
+    aggregation: str = "sequence_mean"
+    """sequence_mean 1/(S*|o_i|) (GRPO) | token_mean 1/sum of tokens (DAPO) | constant 1/(S*max_new_tokens) (Dr.GRPO)."""
+    surrogate: str = "clip"
+    """clip | cispo | sapo | reinforce."""
+    ratio_level: str = "token"
+    """token | sequence (GSPO)."""
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    """Above clip_ratio_low it is DAPO's clip-higher."""
+    dual_clip: float | None = None
+    """c > 1: the loss of a token with negative advantage is at most -c*A."""
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    kl_coef: float = 0.04
+    """beta of the KL term, which is in the loss and never in the reward; 0 loads no reference model."""
+    kl_estimator: str = "k3"
+    """k1 | k2 | k3."""
+    kl_times_ratio: bool = False
+    """Multiply the KL estimate by the ratio: an unbiased gradient off-policy."""
+    entropy_coef: float = 0.0
+    """A bonus for entropy."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    importance_level: str = "none"
+    """none | token | sequence: truncated importance sampling from the sampler's to the learner's probabilities."""
+    importance_cap: float = 2.0
+    mask_truncated: bool = False
+    """Completions cut at max_new_tokens keep their place in the group's baseline but carry no loss."""
+    overlong_buffer: int = 0
+    """DAPO's soft punishment: the last this many tokens before max_new_tokens cost up to overlong_penalty. 0: off."""
+    overlong_penalty: float = 1.0
+    dynamic_sampling: bool = False
+    """Replace groups of equal rewards by new prompts (DAPO)."""
+    max_resamples: int = 4
+    """dynamic_sampling: rounds of new prompts in a step before it goes on with what it has."""
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How completions are drawn."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    max_new_tokens: int = 1024
+    min_new_tokens: int = 0
+    stop_token_ids: list[int] | None = None
+    """null: the tokenizer's (and generation configuration's) end tokens."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The steps."""
+
+    num_steps: int = 100
+    prompts_per_step: int = 128
+    updates_per_rollout: int = 1
+    """mu of Algorithm 1: passes over a step's rollouts."""
+    num_minibatches: int = 1
+    """Optimizer updates in one pass; prompts_per_step must be divisible by it."""
+    learning_rate: float = 1e-6
+    lr_schedule: str = "constant"
+    """constant | linear | cosine, after the warm-up, down to min_lr_ratio."""
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    """On matrices only: norms and biases are left alone."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    max_nonfinite_updates: int = 3
+    """A non-finite loss or gradient skips its update; after this many in a row the run stops and saves the batch."""
+
+
+@dataclass(kw_only=True)
+class LearnerConfig:
+    """Who computes the update."""
+
+    kind: str = "torch"
+    """torch: one Hugging Face model on one device."""
+    max_tokens_per_microbatch: int = 16384
+    """Packed tokens in one forward pass."""
+    share_prompts: bool = True
+    """Compute each group's prompt once; false packs a copy per completion (same gradient)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """Who draws the completions."""
+
+    kind: str = "torch"
+    """torch: the learner's own Hugging Face model."""
+    max_sequences: int = 512
+    """Completions drawn at once; bounds the KV cache."""
+
+
+@dataclass(kw_only=True)
+class ClusterConfig:
+    """The hardware."""
+
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:N."""
+    dtype: str = "auto"
+    """auto | float32 | bfloat16: the weights' type; auto is float32 on a CPU and bfloat16 on a GPU."""
+    num_threads: int | None = None
+    """CPU threads; null: all cores."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Held-out accuracy."""
+
+    every: int = 10
+    """Steps between evaluations, the first before training and one at the end; 0: never."""
+    num_prompts: int | None = None
+    """null: all held-out questions."""
+    num_samples: int = 1
+    """Above 1: pass@k and maj@k as well; needs eval.temperature > 0."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    max_new_tokens: int | None = None
+    """null: sampling.max_new_tokens."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What survives a stop."""
+
+    every: int = 50
+    """Steps between checkpoints, one at the end; 0: only when stopped and at the end."""
+    keep: int = 2
+    """The newest this many are kept."""
+    export: bool = True
+    """Write the final policy as a Hugging Face directory into run.dir/hf."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything `fastgrpo train` reads."""
+
+    seed: int = 0
+    """Prompts' order, samples and everything else random derive from it."""
+    resume: str = "no"
+    """no | auto (the newest whole checkpoint of run.dir, or of runs/latest) | a run's or checkpoint's path."""
+    deterministic: bool = True
+    """Bit-identical repetition; on a GPU it costs speed."""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
