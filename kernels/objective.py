@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 SURROGATES = ("clip", "cispo", "sapo", "reinforce")
@@ -20,7 +19,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 MAX_LOG_RATIO = 20.0
 
 
-class UnsupportedObjective(ValueError):
+class UnsupportedObjectiveError(ValueError):
     """Raised by a path that cannot compute the given objective exactly."""
 
 
@@ -51,7 +50,8 @@ class Objective:
     kl_coef: float = 0.0
     """beta; 0 needs no reference logprobs."""
     kl_estimator: str = "k3"
-    """k1 = lp - ref;  k2 = (lp - ref)^2 / 2;  k3 = e^d - d - 1 with d = clamp(ref - lp, +-20)."""
+    """k1 = lp - ref;  k2 = (lp - ref)^2 / 2;  k3 = e^d - d - 1 with d = clamp(ref - lp, +-20). The clamp bounds
+    k3's value and lets the gradient 1 - e^d through, so that the tokens furthest from ref are still pulled back."""
     kl_times_ratio: bool = False
     """Multiply the KL estimate by the token's rho, with gradient through both factors (unbiased gradient)."""
     entropy_coef: float = 0.0
@@ -102,7 +102,8 @@ class LossInputs:
     importance_weights: Tensor | None = None
     """float32; c_t, no gradient; None means 1."""
     cu_seqlens: Tensor | None = None
-    """(S+1,) int32 or int64; where each sequence's tokens start; needed when ratio_level == "sequence"."""
+    """(S+1,) int32 or int64, from 0 to T; where each sequence's tokens start; needed when ratio_level ==
+    "sequence". Leave it on the CPU beside CUDA tensors: chunks are planned from it without waiting for the device."""
 
     def __post_init__(self) -> None:
         num_tokens = self.targets.shape[0] if self.targets.ndim == 1 else None
@@ -127,9 +128,10 @@ class LossInputs:
 class LossOutput:
     """The loss and what the forward pass learned on the way.
 
-    metrics are detached float32 scalars, sums and counts so that micro-batches and ranks can be added:
-    num_tokens (w != 0), logprob_sum, entropy_sum (where the entropy is computed), ratio_sum, clip_low_count, clip_high_count,
-    dual_clip_count, kl_sum (k3 against ref, present when ref_logprobs is given), old_kl_sum (k3 against old).
+    metrics are detached float32 scalars, unweighted sums and counts over the tokens with w != 0, so that
+    micro-batches and ranks can be added: num_tokens, logprob_sum, entropy_sum (where the entropy is computed),
+    ratio_sum (the ratio of ratio_level), clip_low_count, clip_high_count, dual_clip_count, kl_sum (k3 against
+    ref, present when ref_logprobs is given), old_kl_sum (k3 against old).
     """
 
     loss: Tensor
