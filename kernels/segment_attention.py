@@ -1,0 +1,258 @@
+"""Attention over packed segments that may share a prefix: a group's prompt is computed once for its G completions.
+
+A packed row attends to the past of its own segment and to the whole of its segment's prefix. That is two ordinary
+attentions whose results merge exactly by their log-sum-exp: (1) causal, every segment for itself; (2) not causal,
+the rows of all segments with one prefix against that prefix. With lse = log(e^lse1 + e^lse2) the merged output is
+e^(lse1-lse) out1 + e^(lse2-lse) out2. The backward of each part run with the *merged* out and lse gives its share of
+the gradient, because p = e^(s-lse) is then the probability under the whole softmax (as in ring attention,
+arXiv 2310.01889). No key or value is copied per completion, and no mask is made.
+
+Letters: T packed rows, K segments, B segments in one call, A query heads, C key/value heads, D head size, L rows a call.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+# --- one dense attention with its log-sum-exp -------------------------------------------------------------------------
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v and the softmax's log-sum-exp, without autograd.
+
+    q: (B, A, L, D); k, v: (B, C, M, D) with A a multiple of C; causal needs L == M.
+    Returns (B, A, L, D) in q's dtype and (B, A, L) in float32 (float64 for float64).
+    """
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    if _has_flash(q):
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        return out, lse
+    return _dense_forward(q, k, v, causal, scale)
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention_with_lse's output; `out` and `lse` may be those of a larger softmax that contains it."""
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, scale=scale
+        )
+    if _has_flash(q):
+        none = torch.empty(0, dtype=torch.int64, device=q.device)
+        return aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale
+        )
+    return _dense_backward(grad, q, k, v, out, lse, causal, scale)
+
+
+def _has_flash(q: Tensor) -> bool:
+    """Torch's own flash attention: half precision and a head size it has kernels for."""
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _dense_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Plain torch, for devices and dtypes without a flash kernel."""
+    scores = _scores(q, k, causal, scale)
+    lse = scores.logsumexp(-1)
+    probs = (scores - lse[..., None]).exp().to(v.dtype)
+    return probs @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), lse
+
+
+def _dense_backward(grad, q, k, v, out, lse, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    k_all, v_all = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    probs = (_scores(q, k, causal, scale) - lse[..., None]).exp()
+    delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1, keepdim=True)
+    dscores = (probs * ((grad @ v_all.transpose(-1, -2)) - delta) * scale).to(q.dtype)
+    dk, dv = dscores.transpose(-1, -2) @ q, probs.to(q.dtype).transpose(-1, -2) @ grad
+    return dscores @ k_all, dk.unflatten(1, (-1, groups)).sum(2), dv.unflatten(1, (-1, groups)).sum(2)
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    scores = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)) * scale
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if causal:
+        future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        scores.masked_fill_(future, float("-inf"))
+    return scores
+
+
+# --- the plan of a packed batch ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One batched dense attention: which packed rows are its queries and its keys."""
+
+    q_rows: Tensor
+    """(B*L,) rows, padded by repeating each block's last row."""
+    q_valid: Tensor | None
+    """Indices into B*L that are not padding; None where there is none."""
+    kv_rows: Tensor
+    """(B*M,) rows."""
+    num_blocks: int
+    causal: bool
+
+
+class SegmentPlan:
+    """How to compute attention over `segments`: made once a batch, used by every layer.
+
+    segments: (K, 4) int64 on the CPU: start, end, prefix_start, prefix_end (equal where there is no prefix). Segments
+    do not overlap and cover [0, T). Segments of like length share one batched call; the padding this needs is at most
+    an eighth and stays inside the call.
+
+    Raises ValueError where a prefix is not in the batch's rows.
+    """
+
+    def __init__(self, segments: Tensor, device: torch.device | str = "cpu") -> None:
+        rows: list[tuple[int, int, int, int]] = [tuple(row) for row in segments.tolist()]  # type: ignore[misc]
+        self.num_rows = max(end for _, end, _, _ in rows)
+        for _, _, prefix_start, prefix_end in rows:
+            if not 0 <= prefix_start <= prefix_end <= self.num_rows:
+                raise ValueError(f"segments: prefix [{prefix_start}, {prefix_end}) is outside [0, {self.num_rows})")
+        self.own = [
+            _causal_call([row[:2] for row in bucket], device)
+            for bucket in _buckets(rows, lambda row: (_padded(row[1] - row[0]),))
+        ]
+        sharers: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for start, end, prefix_start, prefix_end in rows:
+            if prefix_end > prefix_start and end > start:
+                sharers[prefix_start, prefix_end].append((start, end))
+        # Keys cannot be padded without a mask, so only prefixes of the very same length share a call.
+        self.prefix = [
+            _prefix_call(bucket, device)
+            for bucket in _buckets(
+                list(sharers.items()),
+                lambda item: (item[0][1] - item[0][0], _padded(sum(end - start for start, end in item[1]))),
+            )
+        ]
+
+
+def _padded(length: int) -> int:
+    """The length's bucket: multiples of 16, then of an eighth of the power of two below it."""
+    step = max(16, (1 << max(length.bit_length() - 1, 0)) // 8)
+    return -(-length // step) * step
+
+
+def _buckets(items, key):
+    found = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
+    return list(found.values())
+
+
+def _padded_rows(blocks: list[Tensor], device) -> tuple[Tensor, Tensor | None]:
+    longest = max(len(block) for block in blocks)
+    if all(len(block) == longest for block in blocks):
+        return torch.cat(blocks).to(device), None
+    rows = torch.stack([torch.cat([b, b[-1:].expand(longest - len(b))]) for b in blocks])
+    valid = torch.cat([torch.arange(len(b)) + i * longest for i, b in enumerate(blocks)])
+    return rows.flatten().to(device), valid.to(device)
+
+
+def _causal_call(ranges: list[tuple[int, int]], device) -> _Call:
+    blocks = [torch.arange(start, end) for start, end in ranges if end > start]
+    rows, valid = _padded_rows(blocks, device)
+    return _Call(q_rows=rows, q_valid=valid, kv_rows=rows, num_blocks=len(blocks), causal=True)
+
+
+def _prefix_call(bucket, device) -> _Call:
+    queries = [torch.cat([torch.arange(start, end) for start, end in ranges]) for _, ranges in bucket]
+    rows, valid = _padded_rows(queries, device)
+    keys = torch.cat([torch.arange(start, end) for (start, end), _ in bucket]).to(device)
+    return _Call(q_rows=rows, q_valid=valid, kv_rows=keys, num_blocks=len(bucket), causal=False)
+
+
+# --- the differentiable op --------------------------------------------------------------------------------------------
+
+
+class _SegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)  # (T, A)
+        for call in plan.own:
+            part, part_lse = _forward_call(call, q, k, v, scale)
+            rows = _valid(call, call.q_rows)
+            out[rows], lse[rows] = part, part_lse
+        for call in plan.prefix:
+            part, part_lse = _forward_call(call, q, k, v, scale)
+            rows = _valid(call, call.q_rows)
+            own_lse = lse[rows]
+            merged = torch.logaddexp(own_lse, part_lse)
+            own_share = (own_lse - merged).exp().to(q.dtype)[..., None]
+            prefix_share = (part_lse - merged).exp().to(q.dtype)[..., None]
+            out[rows] = out[rows].mul_(own_share).add_(part.mul_(prefix_share))
+            lse[rows] = merged
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for call in (*ctx.plan.own, *ctx.plan.prefix):
+            block_grad = _take(call, grad, call.q_rows)
+            if call.q_valid is not None:  # padding repeats a row: its gradient must not count again
+                padding = torch.ones(len(call.q_rows), dtype=torch.bool, device=grad.device)
+                padding[call.q_valid] = False
+                block_grad = block_grad.masked_fill(padding.view(call.num_blocks, 1, -1, 1), 0.0)
+            block_dq, block_dk, block_dv = attention_backward(
+                block_grad,
+                _take(call, q, call.q_rows),
+                _take(call, k, call.kv_rows),
+                _take(call, v, call.kv_rows),
+                _take(call, out, call.q_rows),
+                lse[call.q_rows].unflatten(0, (call.num_blocks, -1)).transpose(1, 2).contiguous(),
+                causal=call.causal,
+                scale=ctx.scale,
+            )
+            dq.index_add_(0, _valid(call, call.q_rows), _valid(call, _rows(block_dq)))
+            kv_valid = call if call.causal else None
+            dk.index_add_(0, _valid(kv_valid, call.kv_rows), _valid(kv_valid, _rows(block_dk)))
+            dv.index_add_(0, _valid(kv_valid, call.kv_rows), _valid(kv_valid, _rows(block_dv)))
+        return dq, dk, dv, None, None
+
+
+def _take(call: _Call, x: Tensor, rows: Tensor) -> Tensor:
+    """(T, A, D) -> (B, A, L, D)."""
+    return x.index_select(0, rows).unflatten(0, (call.num_blocks, -1)).transpose(1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, A, L, ...) -> (B*L, A, ...)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _valid(call: _Call | None, x: Tensor) -> Tensor:
+    return x if call is None or call.q_valid is None else x.index_select(0, call.q_valid)
+
+
+def _forward_call(call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    blocks = (_take(call, q, call.q_rows), _take(call, k, call.kv_rows), _take(call, v, call.kv_rows))
+    out, lse = attention_with_lse(*blocks, causal=call.causal, scale=scale)
+    return _valid(call, _rows(out)), _valid(call, _rows(lse))
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, *, scale: float) -> Tensor:
+    """Attention over packed segments with shared prefixes.
+
+    q: (T, A, D); k, v: (T, C, D), A a multiple of C; one dtype (float64, float32, bfloat16, float16).
+    Returns (T, A, D). Deterministic on a CPU. Exact: equals a dense softmax under the segments' mask.
+
+    Raises ValueError where the plan was made for another number of rows.
+    """
+    if q.shape[0] != plan.num_rows:
+        raise ValueError(f"q has {q.shape[0]} rows but the plan's segments cover {plan.num_rows}")
+    return _SegmentAttention.apply(q, k, v, plan, scale)
