@@ -1,0 +1,334 @@
+"""What a run records: the step-time ledger, metrics.jsonl, samples.jsonl and the trackers.
+
+metrics.jsonl holds one JSON object a step, samples.jsonl one a completion. Both are the truth from which report.html
+is made; TensorBoard, wandb and mlflow receive copies. A float that is not finite is written as null: the key says
+that it was measured, the file stays valid JSON, and a column read by pandas stays numeric.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fastgrpo.config import UserError
+
+PARTS = ("generate", "reward", "logprobs", "update", "share", "checkpoint", "eval")
+"""What a step's time is spent on; `other` is the rest."""
+
+
+class Ledger:
+    """Charges every nanosecond of a run to exactly one part of a step.
+
+    The clock is read once at each border, and the time since the border before goes to the innermost open part, so
+    the parts add up to the wall time by construction and an inner part is never counted twice. Nanoseconds are
+    integers: the sum is exact, not nearly so. For one thread.
+
+        ledger = Ledger()
+        with ledger("update"):
+            ...
+            with ledger("logprobs"):    # this time is not part of update's
+                ...
+        ledger.step()                   # {"time/generate_s": 0.0, ..., "time/other_s": ..., "time/total_s": ...}
+    """
+
+    def __init__(
+        self, *, synchronize: Callable[[], object] | None = None, clock: Callable[[], int] = time.perf_counter_ns
+    ) -> None:
+        """synchronize is called before each reading of the clock (torch.cuda.synchronize): without it the time of
+        queued kernels goes to whoever waits for them. clock returns nanoseconds."""
+        self._synchronize = synchronize
+        self._clock = clock
+        self._open = ["other"]
+        self._ns = dict.fromkeys((*PARTS, "other"), 0)
+        self._border = clock()
+
+    @property
+    def part(self) -> str:
+        """The part that is being charged now."""
+        return self._open[-1]
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Charge the time inside the block to `part`, less what inner blocks are charged with."""
+        if part not in PARTS:
+            raise ValueError(f"ledger part {part!r} is none of {', '.join(PARTS)}")
+        self._charge()
+        self._open.append(part)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def step(self) -> dict[str, float]:
+        """Seconds a part since the previous call (or since the ledger was made), and begin the next step."""
+        self._charge()
+        parts, self._ns = self._ns, dict.fromkeys(self._ns, 0)
+        seconds = {f"time/{part}_s": ns / 1e9 for part, ns in parts.items()}
+        return {**seconds, "time/total_s": sum(parts.values()) / 1e9}
+
+    def _charge(self) -> None:
+        if self._synchronize is not None:
+            self._synchronize()
+        now = self._clock()
+        self._ns[self._open[-1]] += now - self._border
+        self._border = now
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One completion, kept for people to read.
+
+    Example: Sample(step=0, kind="eval", prompt_id="eval/3", prompt="17+25=", completion="42", answer="42", reward=1.0)
+    """
+
+    step: int
+    kind: Literal["train", "eval"]
+    prompt_id: str
+    prompt: str
+    completion: str
+    answer: Any
+    reward: float
+    advantage: float | None = None
+    finish_reason: str | None = None
+    correct: bool | None = None
+    """null: the report calls a reward >= 1 correct, <= 0 incorrect, and anything between neither."""
+
+
+class Tracker(Protocol):
+    """Somewhere else that a run's metrics go."""
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Record finite values of one step."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and samples.jsonl in run_dir and passes each step on to the trackers.
+
+    resume_step=None begins a run and refuses a directory that holds one already. resume_step=k goes on after step k:
+    lines of later steps are removed, as is a last line that a kill left torn, so that the files end up as an
+    uninterrupted run's would; -1 keeps nothing. Write step k's row before its checkpoint becomes visible, or a
+    kill between the two loses the row. Rank 0 alone makes one.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        trackers: Iterable[str],
+        *,
+        resume_step: int | None = None,
+        run_name: str,
+        config: Mapping[str, Any],
+        notify: Callable[[str], object] = warnings.warn,
+    ) -> None:
+        """trackers: any of tensorboard, wandb, mlflow. notify is told when a tracker fails during the run, which
+        goes on without that tracker; a failure to write the files is an OSError."""
+        self.run_dir = Path(run_dir)
+        self._notify = notify
+        names = list(dict.fromkeys(trackers))
+        for name in names:
+            if name not in _TRACKERS:
+                raise UserError(f"run.trackers={name}: choose any of {', '.join(_TRACKERS)}")
+        paths = [self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"]
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            if resume_step is not None:
+                keep_until(path, resume_step)
+            elif path.exists() and path.stat().st_size:
+                raise UserError(f"run.dir={run_dir} holds a run already: set resume=auto or another run.dir")
+        self._trackers = {name: _start_tracker(name, self.run_dir, resume_step, run_name, config) for name in names}
+        self._metrics, self._samples = (open(path, "ab") for path in paths)  # noqa: SIM115
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Record one step: `step` and any metrics, as Python, NumPy or torch scalars."""
+        step = int(row["step"])
+        metrics = {key: _number(value) for key, value in row.items() if key != "step"}
+        self._metrics.write(_line({"step": step, **metrics}))
+        self._metrics.flush()
+        finite = {key: value for key, value in metrics.items() if value is not None}
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(step, finite)
+            except Exception as error:  # a server that is away must not end a training run
+                del self._trackers[name]
+                self._notify(f"{name} failed and gets no more metrics of this run: {error}")
+
+    def write_samples(self, samples: Iterable[Sample]) -> None:
+        """Record completions for people to read."""
+        for sample in samples:
+            record = {**asdict(sample), "reward": _number(sample.reward), "advantage": _number(sample.advantage)}
+            if sample.answer is not None:
+                record["answer"] = str(sample.answer)  # data may hold dates, NaN, anything
+            self._samples.write(_line(record))
+        self._samples.flush()
+
+    def close(self) -> None:
+        """Close the files and let the trackers send what is left."""
+        self._metrics.close()
+        self._samples.close()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self._notify(f"{name} failed at the end of the run: {error}")
+        self._trackers = {}
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def iter_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The whole objects of a JSON-lines file, one after the other; torn or foreign lines are left out."""
+    for _, record in _records(Path(path)):
+        yield record
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """All that iter_jsonl finds; [] for a missing file."""
+    return list(iter_jsonl(path))
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Remove the lines of later steps, and broken ones, from a JSON-lines file; kept lines keep their bytes."""
+    if not path.exists():
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        for line, record in _records(path):
+            if isinstance(record.get("step"), int) and record["step"] <= step:
+                file.write(line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for raw in file:
+            line = raw.rstrip(b"\r\n")
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield line, record
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    # backslashreplace writes a lone surrogate, which UTF-8 cannot hold, as just the escape that JSON has for it.
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _number(value: Any) -> float | int | None:
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if not isinstance(value, int | float):
+        raise ValueError(f"a metric must be a number, got {value!r}")
+    return value
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, resume_step: int | None, run_name: str, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        for key, value in row.items():
+            self._writer.add_scalar(key, value, step)
+        # Events of steps before a checkpoint are never written again, so they must not wait in a buffer.
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path, resume_step: int | None, run_name: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        known = _known_run(run_dir, "wandb") if resume_step is not None else None
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "fastgrpo"),
+            name=run_name,
+            id=known,
+            resume="allow" if known else None,
+            dir=str(run_dir),
+            config=dict(config),
+        )
+        _remember_run(run_dir, "wandb", self._run.id)
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        # After a resume wandb drops steps that it has already; a repeated step has the same values.
+        self._run.log(dict(row), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Mlflow:
+    def __init__(self, run_dir: Path, resume_step: int | None, run_name: str, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        if "MLFLOW_EXPERIMENT_NAME" not in os.environ and "MLFLOW_EXPERIMENT_ID" not in os.environ:
+            mlflow.set_experiment("fastgrpo")
+        known = _known_run(run_dir, "mlflow") if resume_step is not None else None
+        run = mlflow.start_run(run_id=known, run_name=run_name)
+        _remember_run(run_dir, "mlflow", run.info.run_id)
+        # As a file: parameters are limited in number and length, and can never change in a resumed run.
+        mlflow.log_dict(dict(config), "config.yaml")
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics({key.replace("@", "_at_"): value for key, value in row.items()}, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+_TRACKERS: dict[str, Callable[[Path, int | None, str, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _Mlflow,
+}
+
+
+def _start_tracker(
+    name: str, run_dir: Path, resume_step: int | None, run_name: str, config: Mapping[str, Any]
+) -> Tracker:
+    try:
+        return _TRACKERS[name](run_dir, resume_step, run_name, config)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != name:
+            raise
+        package = name if name == "tensorboard" else f"fastgrpo[{name}]"
+        raise UserError(f"run.trackers={name}: {name} is not installed; pip install {package}") from None
+
+
+def _known_run(run_dir: Path, tracker: str) -> str | None:
+    path = run_dir / f"{tracker}_run_id"
+    return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
+
+
+def _remember_run(run_dir: Path, tracker: str, run_id: str) -> None:
+    (run_dir / f"{tracker}_run_id").write_text(run_id + "\n", encoding="utf-8")
