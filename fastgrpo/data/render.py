@@ -1,0 +1,61 @@
+"""A row's prompt as the text that the model reads: through the chat template, or plain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastgrpo.config import DataConfig, UserError
+from fastgrpo.data.rows import Row
+
+
+class Renderer:
+    """Callable (row, prompt value) -> text. `chat` says whether the tokenizer's chat template is applied."""
+
+    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self.chat = bool(config.chat_template and getattr(tokenizer, "chat_template", None))
+        why = "data.chat_template=false" if not config.chat_template else "a tokenizer without a chat template"
+        self._no_chat = f"{why} cannot use"
+        if config.system_prompt is not None and not self.chat:
+            raise UserError(f"data.system_prompt: {self._no_chat} it; put it into data.prompt_template instead")
+
+    def __call__(self, row: Row, prompt: Any) -> str:
+        """Raises UserError, naming the row's place, for a prompt that is neither text nor chat messages."""
+        column = f"{row.place}, column {self._config.prompt_column!r}"
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise UserError(f"{column} is empty; give a prompt or remove the row")
+            text = self._config.prompt_template.replace("{prompt}", prompt)
+            return self._chat([{"role": "user", "content": text}], column) if self.chat else text
+        _check_messages(prompt, column)
+        if not self.chat:
+            raise UserError(f"{column} holds chat messages, which {self._no_chat}; give texts")
+        if self._config.prompt_template != "{prompt}":
+            raise UserError(f"{column} holds chat messages, which data.prompt_template cannot wrap; remove it")
+        return self._chat(prompt, column)
+
+    def _chat(self, messages: list[dict[str, Any]], column: str) -> str:
+        if self._config.system_prompt is not None:
+            if messages[0]["role"] == "system":
+                raise UserError(f"{column} has a system message of its own; remove data.system_prompt")
+            messages = [{"role": "system", "content": self._config.system_prompt}, *messages]
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._config.chat_template_kwargs
+            )
+        except Exception as error:  # the template is a program of the model's author
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"{column}: the chat template refuses it ({reason}); change the messages") from error
+
+
+def _check_messages(prompt: Any, column: str) -> None:
+    if not isinstance(prompt, list):
+        raise UserError(f"{column} holds a {type(prompt).__name__} ({prompt!r:.60}); give a text or a list of messages")
+    if not prompt:
+        raise UserError(f"{column} is an empty list of messages; give a prompt or remove the row")
+    for number, message in enumerate(prompt):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise UserError(f"{column}, message {number} is {message!r:.60}; give {{role: ..., content: ...}}")
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(f"{column} ends with the assistant's message; the last one must be what it answers to")
