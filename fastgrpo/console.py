@@ -104,13 +104,15 @@ class Console:
 
     def close(self) -> None:
         """End the live display, leaving its last state, and give the terminal back."""
-        live, self._live = self._live, None
         for handler, stream in self._redirected:
             handler.setStream(stream)
         self._redirected = []
-        if live is not None:
-            live.stop()
-            atexit.unregister(self.close)
+        if self._live is not None:
+            try:
+                self._live.stop()
+            finally:
+                self._live = None
+                atexit.unregister(self.close)
 
     def __enter__(self) -> Console:
         self.start()
@@ -134,7 +136,7 @@ class Console:
 
     def _time_left(self) -> float | None:
         times = [row["time/total_s"] for row in self._rows if row.get("time/total_s") and row["step"] > 0]
-        if not times:
+        if not times or self._rows[-1]["step"] >= self._num_steps:
             return None
         # The first step carries the start of the run.
         recent = times[1:][-NUM_RECENT:] or times
@@ -148,7 +150,7 @@ class Console:
             if text:
                 self._columns.add(label)
             if label in self._columns:  # a column stays from its first value on, so that lines align
-                cells.append(text.rjust(size) if text else " " * size)
+                cells.append(text.rjust(size) if label in ("rate", "time", "left") else text.ljust(size))
         return "  ".join(cells).rstrip()
 
     def _plain_cells(self, row: Mapping[str, Any]) -> list[tuple[str, str, int]]:
@@ -161,8 +163,8 @@ class Console:
             ("entropy", _cell(row, "entropy", "entropy {:6.3f}"), 14),
             ("length", _cell(row, "response_length/mean", "length {:6.1f}"), 13),
             ("rate", f"{_count(rate)} tok/s" if rate else "", 12),
-            ("time", _cell(row, "time/total_s", "{:.1f} s"), 8),
-            ("left", f"{_duration(left)} left" if left is not None and row["step"] < self._num_steps else "", 12),
+            ("time", _cell(row, "time/total_s", "{:.1f} s"), 6),
+            ("left", f"{_duration(left)} left" if left is not None else "", 12),
         ]
 
     def _render(self) -> RenderableType:
@@ -184,11 +186,11 @@ class Console:
 
         step = self._rows[-1]["step"] if self._rows else 0
         left = self._time_left()
-        doing = f"{self._activity()} …" if self._activity is not None and step < self._num_steps else ""
+        doing = self._activity() if self._activity is not None else "other"
         clock = f"{_duration(self._clock() - self._began)}" + (f", {_duration(left)} left" if left is not None else "")
         grid = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=max(self._num_steps, 1), completed=step, width=max(8, min(40, width - 50)))
-        grid.add_row(f"step {step}/{self._num_steps}", bar, clock, f"[dim]{doing}[/dim]")
+        grid.add_row(f"step {step}/{self._num_steps}", bar, clock, "" if doing == "other" else f"[dim]{doing} …[/dim]")
         return grid
 
     def _reward_text(self) -> Text:
