@@ -7,7 +7,7 @@ e^(lse1-lse) out1 + e^(lse2-lse) out2. The backward of each part run with the *m
 the gradient, because p = e^(s-lse) is then the probability under the whole softmax (as in ring attention,
 arXiv 2310.01889). No key or value is copied per completion, and no mask is made.
 
-Letters: T packed rows, K segments, B segments in one call, A query heads, C key/value heads, D head size, L rows a call.
+Letters: T packed rows, K segments, B blocks of L rows in one call, A query heads, C key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -24,18 +24,27 @@ aten = torch.ops.aten
 # --- one dense attention with its log-sum-exp -------------------------------------------------------------------------
 
 
-def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale) v and the softmax's log-sum-exp, without autograd.
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale + bias) v and the softmax's log-sum-exp, without autograd.
 
-    q: (B, A, L, D); k, v: (B, C, M, D) with A a multiple of C; causal needs L == M.
+    q: (B, A, L, D); k, v: (B, C, M, D) with A a multiple of C; causal needs L == M; bias: (B, 1, 1, M), q's dtype.
     Returns (B, A, L, D) in q's dtype and (B, A, L) in float32 (float64 for float64).
     """
     if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if _has_flash(q):
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if _has_flash(q) and bias is None:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
         return out, lse
-    return _dense_forward(q, k, v, causal, scale)
+    return _dense_forward(q, k, v, causal, scale, bias)
+
+
+def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention over both key sets, from the attention over each: (..., D) outputs and their (...) lse."""
+    merged = torch.logaddexp(lse, other_lse)
+    share, other_share = ((part - merged).exp().to(out.dtype)[..., None] for part in (lse, other_lse))
+    return out * share + other_out * other_share, merged
 
 
 def attention_backward(
@@ -59,9 +68,10 @@ def _has_flash(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
-def _dense_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _dense_forward(q, k, v, causal: bool, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Plain torch, for devices and dtypes without a flash kernel."""
     scores = _scores(q, k, causal, scale)
+    scores = scores if bias is None else scores + bias
     lse = scores.logsumexp(-1)
     probs = (scores - lse[..., None]).exp().to(v.dtype)
     return probs @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), lse
@@ -187,12 +197,7 @@ class _SegmentAttention(torch.autograd.Function):
         for call in plan.prefix:
             part, part_lse = _forward_call(call, q, k, v, scale)
             rows = _valid(call, call.q_rows)
-            own_lse = lse[rows]
-            merged = torch.logaddexp(own_lse, part_lse)
-            own_share = (own_lse - merged).exp().to(q.dtype)[..., None]
-            prefix_share = (part_lse - merged).exp().to(q.dtype)[..., None]
-            out[rows] = out[rows].mul_(own_share).add_(part.mul_(prefix_share))
-            lse[rows] = merged
+            out[rows], lse[rows] = merge(out[rows], lse[rows], part, part_lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastgrpo.kernels.segment_attention import (
     SegmentPlan,
     _dense_backward,

@@ -1,0 +1,114 @@
+"""Completions and their prompts laid out for the learner: no padding, and each prompt once for its group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.types import PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """A completion that is ready to be learned from; all tensors (R,).
+
+    Example: Sequence(sequence_id=5, group_id=0, prompt_ids=tensor([5, 9]), token_ids=tensor([8, 2]),
+                      advantages=tensor([.7, .7]), token_weights=tensor([.1, .1]), sampler_logprobs=tensor([-.1, -.2]))
+    """
+
+    sequence_id: int
+    """Its place in the step."""
+    group_id: int
+    prompt_ids: Tensor
+    """(P,) int64."""
+    token_ids: Tensor
+    advantages: Tensor
+    token_weights: Tensor
+    """0 where the token carries no loss."""
+    sampler_logprobs: Tensor
+
+
+def pack(sequences: list[Sequence], *, max_tokens: int, share_prompts: bool) -> list[PackedBatch]:
+    """Micro-batches of at most max_tokens packed tokens that hold all sequences with any loss.
+
+    With share_prompts a group's prompt appears once in each micro-batch that holds part of the group; without, each
+    sequence carries its own copy. Loss and gradient are the same for every max_tokens and either way of sharing.
+
+    Raises ValueError where one sequence with its prompt is longer than max_tokens.
+    """
+    learned = [sequence for sequence in sequences if bool((sequence.token_weights != 0).any())]
+    units = list(_units(learned, max_tokens, share_prompts))
+    bins: list[list[list[Sequence]]] = []
+    room: list[int] = []
+    for unit in sorted(units, key=lambda unit: -_num_tokens(unit)):  # first fit, largest first
+        size = _num_tokens(unit)
+        at = next((i for i, free in enumerate(room) if free >= size), len(bins))
+        if at == len(bins):
+            bins.append([])
+            room.append(max_tokens)
+        bins[at].append(unit)
+        room[at] -= size
+    return [_pack_one(sorted(units, key=lambda unit: unit[0].sequence_id), share_prompts) for units in bins]
+
+
+def _num_tokens(unit: list[Sequence]) -> int:
+    return len(unit[0].prompt_ids) + sum(len(sequence.token_ids) for sequence in unit)
+
+
+def _units(sequences: list[Sequence], max_tokens: int, share_prompts: bool) -> Iterator[list[Sequence]]:
+    """Sequences that share one copy of their prompt: a group, or as much of it as fits."""
+    unit: list[Sequence] = []
+    for sequence in sequences:
+        if _num_tokens([sequence]) > max_tokens:
+            raise ValueError(
+                f"learner.max_tokens_per_microbatch={max_tokens}: a completion and its prompt have "
+                f"{_num_tokens([sequence])} tokens; raise it to at least that"
+            )
+        same_group = bool(unit) and unit[0].group_id == sequence.group_id
+        if unit and not (share_prompts and same_group and _num_tokens([*unit, sequence]) <= max_tokens):
+            yield unit
+            unit = []
+        unit.append(sequence)
+    if unit:
+        yield unit
+
+
+def _pack_one(units: list[list[Sequence]], share_prompts: bool) -> PackedBatch:
+    token_ids, position_ids, segments, hidden_rows = [], [], [], []
+    scored: list[tuple[Sequence, Tensor]] = []
+    at = 0
+    for unit in units:
+        prompt = unit[0].prompt_ids
+        prompt_start, prompt_end = at, at + len(prompt)
+        token_ids.append(prompt)
+        position_ids.append(torch.arange(len(prompt)))
+        at = prompt_end
+        if share_prompts:
+            segments.append((prompt_start, prompt_end, 0, 0))
+        for sequence in unit:
+            end = at + len(sequence.token_ids)
+            token_ids.append(sequence.token_ids)
+            position_ids.append(torch.arange(len(prompt), len(prompt) + end - at))
+            segments.append((at, end, prompt_start, prompt_end) if share_prompts else (prompt_start, end, 0, 0))
+            # The row that predicts a token is the one before it; the prompt's last row predicts every first token.
+            predictors = torch.cat([torch.tensor([prompt_end - 1]), torch.arange(at, end - 1)])
+            keep = sequence.token_weights != 0
+            hidden_rows.append(predictors[keep])
+            scored.append((sequence, keep))
+            at = end
+    counts = torch.tensor([0, *(int(keep.sum()) for _, keep in scored)])
+    return PackedBatch(
+        token_ids=torch.cat(token_ids),
+        position_ids=torch.cat(position_ids),
+        segments=torch.tensor(segments),
+        hidden_rows=torch.cat(hidden_rows),
+        targets=torch.cat([sequence.token_ids[keep] for sequence, keep in scored]),
+        advantages=torch.cat([sequence.advantages[keep] for sequence, keep in scored]),
+        token_weights=torch.cat([sequence.token_weights[keep] for sequence, keep in scored]),
+        sampler_logprobs=torch.cat([sequence.sampler_logprobs[keep] for sequence, keep in scored]),
+        cu_scored=counts.cumsum(0),
+        sequence_ids=torch.tensor([sequence.sequence_id for sequence, _ in scored]),
+    )

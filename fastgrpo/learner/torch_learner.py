@@ -1,0 +1,121 @@
+"""The embedded learner: one Hugging Face model on one device, and the oracle for every other learner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.config import TrainConfig
+from fastgrpo.kernels.linear_logprobs import linear_logprobs
+from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
+from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.learner.metrics import LossSums
+from fastgrpo.learner.optimizer import Optimizer, learning_rate
+from fastgrpo.models.attention import PackedAttention
+from fastgrpo.models.hf import hidden_states
+from fastgrpo.types import PackedBatch, StepResult
+
+
+class TorchLearner:
+    """Trains the model in place, so a sampler on the same module sees every update with nothing copied.
+
+    model: loaded by fastgrpo.models.hf. reference: the KL term's model, or None where kl_coef is 0.
+    num_updates: optimizer steps of the whole run, for the learning-rate schedule.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, *, num_updates: int, reference: nn.Module | None = None
+    ) -> None:
+        self.model, self.config, self.num_updates = model, config, num_updates
+        self.reference = None if reference is None else reference.eval().requires_grad_(False)
+        self.optimizer = Optimizer(model, config)
+        self.policy_version = 0
+
+    def update(self, batches: Iterable[PackedBatch], objective: Objective) -> StepResult:
+        """See Learner.update."""
+        self.model.train()
+        self.optimizer.zero_grad()
+        sums = LossSums()
+        for batch in batches:
+            batch = batch.to(self.model.device)
+            inputs = LossInputs(
+                targets=batch.targets,
+                advantages=batch.advantages,
+                token_weights=batch.token_weights,
+                old_logprobs=batch.old_logprobs,
+                ref_logprobs=batch.ref_logprobs,
+                importance_weights=batch.importance_weights,
+                cu_seqlens=batch.cu_scored,
+            )
+            output = linear_policy_loss(self._scored_hidden(self.model, batch), self._head, inputs, objective)
+            output.loss.backward()
+            sums.add(output, batch)
+        grad_norm = float(self.optimizer.clip_grad_norm())
+        metrics = sums.means()
+        rate = learning_rate(self.config, self.policy_version, self.num_updates)
+        skipped = not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"]))
+        if not skipped and sums.num_batches:
+            self.optimizer.step(rate)
+            self.policy_version += 1
+        self.optimizer.zero_grad()
+        return StepResult(
+            policy_version=self.policy_version,
+            loss=metrics.pop("loss"),
+            grad_norm=grad_norm,
+            skipped=skipped,
+            metrics={**metrics, "learning_rate": rate},
+        )
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch, *, temperature: float, reference: bool = False) -> Tensor:
+        """See Learner.logprobs."""
+        model = self.reference if reference else self.model
+        assert model is not None, "no reference model was loaded"
+        was_training = model.training
+        model.eval()
+        batch = batch.to(self.model.device)
+        hidden = self._scored_hidden(model, batch)
+        result = linear_logprobs(hidden, model.lm_head.weight, batch.targets, temperature=temperature)
+        model.train(was_training)
+        return result.cpu()
+
+    @property
+    def _head(self) -> Tensor:
+        return self.model.lm_head.weight
+
+    def _scored_hidden(self, model: nn.Module, batch: PackedBatch) -> Tensor:
+        """(N, H): only the rows that predict a scored token reach the loss head."""
+        attend = PackedAttention(batch.segments, batch.token_ids.device)
+        hidden = hidden_states(model, batch.token_ids[None], batch.position_ids[None], attend)[0]  # (T, H)
+        return hidden.index_select(0, batch.hidden_rows)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters()
+
+    @torch.no_grad()
+    def move_reference(self, share: float) -> None:
+        """reference += share * (policy - reference); nothing without a reference."""
+        if self.reference is None or share == 0.0:
+            return
+        theirs, ours = list(self.reference.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
+
+    def state_dict(self) -> dict[str, Any]:
+        reference = None if self.reference is None else self.reference.state_dict()
+        return {
+            "model": self.model.state_dict(),
+            "reference": reference,
+            "optimizer": self.optimizer.state_dict(),
+            "policy_version": self.policy_version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.policy_version = state["policy_version"]

@@ -1,0 +1,135 @@
+"""Hugging Face models as the learner and the sampler use them: attention handed in by the caller, hidden states out.
+
+The model's attention is a hook: whoever runs the model passes `attend=` and sees every layer's queries, keys and
+values. So packed training, prefill and decoding with a cache are three small objects and no edit of the model.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from fastgrpo.config import UserError
+
+# Checked end to end against the plain Hugging Face model by tests/models/test_hf.py.
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
+# These rotate by the longest position of a batch, so a token's logits would depend on its neighbours.
+UNSUPPORTED_ROPE_TYPES = ("dynamic", "longrope")
+
+
+class Attend(Protocol):
+    """What runs inside every attention layer."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q (B, A, L, D), k and v (B, C, L, D), rotated -> (B, L, A, D)."""
+        ...
+
+
+def _attention(
+    module: nn.Module, query, key, value, attention_mask=None, scaling=None, attend: Attend | None = None, **_: Any
+):
+    if attend is None:
+        raise RuntimeError("a model loaded by fastgrpo computes attention through attend=; see fastgrpo.models.hf")
+    return attend(module.layer_idx, query, key, value, scaling), None
+
+
+ATTENTION = "fastgrpo"
+AttentionInterface.register(ATTENTION, _attention)
+
+
+def hidden_states(model: nn.Module, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+    """The last layer's hidden states, normalised: (B, L) token ids and positions -> (B, L, H)."""
+    # Any other attention would ignore `attend` and quietly let completions see each other.
+    assert model.config._attn_implementation == ATTENTION, model.config._attn_implementation
+    return model.model(input_ids=token_ids, position_ids=position_ids, use_cache=False, attend=attend).last_hidden_state
+
+
+def context_length(model: nn.Module) -> int:
+    """The longest sequence the model's positions were made for."""
+    return model.config.max_position_embeddings
+
+
+def _check_supported(config: Any, path: str) -> None:
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"model.path={path}: model type {config.model_type!r} is not supported; "
+            f"use one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UserError(f"model.path={path}: sliding-window attention is not supported; use a model without it")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in UNSUPPORTED_ROPE_TYPES:
+        raise UserError(
+            f"model.path={path}: rotary type {rope!r} is not supported; use default, linear, llama3 or yarn"
+        )
+
+
+def _local_or_hub(key: str, path: str) -> str:
+    """Refuse what can be neither a model directory nor a hub name, before Hugging Face's own long error."""
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{key}={path}: the directory has no config.json; give a Hugging Face model directory")
+        return str(directory)
+    if directory.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"{key}={path}: no such directory; give a Hugging Face model directory or a hub name")
+    return path
+
+
+def load_model(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+    """The causal language model of a local directory or hub name, ready for `attend`.
+
+    Raises UserError, naming model.path, where it is no model, cannot be read, or is of a type that is not supported.
+    """
+    source = _local_or_hub("model.path", path)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        _check_supported(config, path)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=ATTENTION)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
+    return model.to(device)
+
+
+def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or hub name.
+
+    Raises UserError where there is none, or where it has no end-of-sequence token (completions could never stop).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_local_or_hub(key, path))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{key}={path}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{key}={path}: the tokenizer has no EOS token, so completions cannot end; "
+            "set eos_token in its tokenizer_config.json, or model.tokenizer_path to another directory"
+        )
+    return tokenizer
+
+
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a completion: the tokenizer's and the generation configuration's."""
+    listed = getattr(model, "generation_config", None)
+    ids = listed.eos_token_id if listed is not None else None
+    more = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(sorted({int(tokenizer.eos_token_id), *map(int, more)}))
+
+
+def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike) -> None:
+    """Write a plain Hugging Face directory (safetensors) that AutoModelForCausalLM loads."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

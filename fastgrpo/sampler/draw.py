@@ -1,0 +1,57 @@
+"""From logits to tokens: temperature, top-k, top-p, and the logprob of what was drawn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgrpo.types import LogprobContract, SamplingParams
+
+
+def contract_of(params: SamplingParams) -> LogprobContract:
+    """What `draw`'s logprobs mean."""
+    cut = params.top_p < 1.0 or params.top_k > 0 or params.min_new_tokens > 0
+    return LogprobContract(
+        temperature=params.temperature or 1.0, top_p=params.top_p, top_k=params.top_k, renormalized=cut
+    )
+
+
+def draw(
+    logits: Tensor, uniforms: Tensor, params: SamplingParams, forbidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the distribution at `uniforms`.
+
+    logits: (A, V) any float dtype; uniforms: (A,) in [0, 1); forbidden: token ids that cannot be drawn.
+    Returns tokens (A,) int64 and their float32 logprobs (A,) under `contract_of(params)`; greedy logprobs are those
+    of temperature 1.
+    """
+    scores = logits.float()
+    if params.temperature not in (0.0, 1.0):
+        scores = scores / params.temperature
+    if forbidden is not None:
+        scores = scores.index_fill(-1, forbidden, float("-inf"))
+    if params.temperature == 0.0:
+        logprobs = scores.log_softmax(-1)
+        tokens = scores.argmax(-1)
+    else:
+        logprobs = _cut(scores.log_softmax(-1), params)
+        # float64, because a sum over 152k float32 probabilities misplaces the rare ones.
+        cumulative = logprobs.double().exp_().cumsum_(-1)
+        target = uniforms.double()[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _cut(logprobs: Tensor, params: SamplingParams) -> Tensor:
+    """Keep the top_k likeliest tokens, then the smallest set of them whose probability reaches top_p."""
+    vocabulary = logprobs.shape[-1]
+    if (params.top_k <= 0 or params.top_k >= vocabulary) and params.top_p >= 1.0:
+        return logprobs
+    ordered, order = logprobs.sort(-1, descending=True)
+    if 0 < params.top_k < vocabulary:
+        ordered[:, params.top_k :] = float("-inf")
+        ordered = ordered.log_softmax(-1)
+    probability = ordered.exp()
+    before = probability.cumsum(-1) - probability  # of the tokens likelier than this one: the first is always kept
+    ordered = ordered.masked_fill(before >= params.top_p, float("-inf"))
+    return torch.empty_like(logprobs).scatter_(-1, order, ordered).log_softmax(-1)

@@ -1,0 +1,34 @@
+"""What the loop asks of a sampler."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fastgrpo.types import LogprobContract, Prompt, RolloutGroup, SamplingParams
+
+
+class Sampler(Protocol):
+    """Draws completions from the current policy."""
+
+    policy_version: int
+    """Stamped on every rollout; set when the weights are shared."""
+
+    def contract(self, params: SamplingParams) -> LogprobContract:
+        """What the logprobs of `generate` with these params mean."""
+        ...
+
+    def generate(
+        self, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
+    ) -> list[RolloutGroup]:
+        """num_samples completions of every prompt, in the order of the prompts.
+
+        The samples are a function of the weights, the prompt, `seed` and the sample's index: the order and the other
+        members of the batch do not enter (beyond the rounding of a differently shaped product).
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back."""
+
+    def wake(self) -> None:
+        """Take it again."""
