@@ -1,0 +1,124 @@
+"""What a reward function is given and what it may return. Imports no torch: worker processes start from here."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PER_COMPLETION = ("completion", "prompt", "answer", "metadata", "token_ids", "finish_reason")
+"""What a function that asks for `completion` can ask for."""
+PER_GROUP = ("completions", "prompt", "answer", "metadata", "token_ids", "finish_reasons")
+"""What a function that asks for `completions` can ask for."""
+
+
+@dataclass(frozen=True)
+class StepRewards:
+    """Rewards of a completion's steps, for process supervision.
+
+    Example: StepRewards(steps=[(7, 1.0), (19, 0.0)]) rewards the step that ends with token 7 by 1, the next by 0.
+    """
+
+    steps: Sequence[tuple[int, float]]
+    """(index of the step's last token within the completion, its reward) pairs."""
+    total: float | None = None
+    """The completion's reward as a whole; None is the sum over its steps."""
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A returned value that is no reward, as text for the error. Example: Unusable("'good' (str)")."""
+
+    shown: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A call that gave no value. Example: Failure(kind="error", message="ValueError: bad (rewards.py line 7)")."""
+
+    kind: str
+    """error | timeout | refused (the function raised UserError, which ends the run under every policy)."""
+    message: str
+
+
+Value = float | StepRewards | Unusable
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function together with how it is called."""
+
+    name: str
+    """The reward's name in the metrics."""
+    key: str
+    """Where the configuration names it, such as reward.path or reward.extra.style.path."""
+    path: str
+    """module:function or file.py:function, or the callable's own name."""
+    function: Callable[..., Any]
+    weight: float
+    kwargs: dict[str, Any]
+    per_group: bool
+    """It asks for `completions`, not `completion`."""
+    is_async: bool
+    parameters: tuple[str, ...]
+    """Every parameter that can be passed by name."""
+    required: tuple[str, ...]
+    """Those without a default."""
+    takes_columns: bool
+    """It has **kwargs, which gets the metadata's columns."""
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The names that fastgrpo fills."""
+        return PER_GROUP if self.per_group else PER_COMPLETION
+
+
+def normalize(result: Any, *, per_group: bool) -> list[Value] | Unusable:
+    """Turns what a function returned into plain values that cross processes: one, or one per completion."""
+    if not per_group:
+        return [_normalize_one(result)]
+    if hasattr(result, "tolist") and getattr(result, "ndim", 0) == 1:  # an array or tensor
+        result = result.tolist()
+    if not isinstance(result, (list, tuple)):
+        return Unusable(_show(result))
+    return [_normalize_one(value) for value in result]
+
+
+def _normalize_one(value: Any) -> Value:
+    if isinstance(value, StepRewards):
+        return _normalize_steps(value)
+    number = _number(value)
+    return Unusable(_show(value)) if number is None else number
+
+
+def _normalize_steps(value: StepRewards) -> StepRewards | Unusable:
+    steps = []
+    for pair in value.steps:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            return Unusable(f"StepRewards with the step {_show(pair)}")
+        index, reward = _number(pair[0]), _number(pair[1])
+        if index is None or index != int(index) or reward is None:
+            return Unusable(f"StepRewards with the step {_show(pair)}")
+        steps.append((int(index), reward))
+    total = sum(reward for _, reward in steps) if value.total is None else _number(value.total)
+    if total is None:
+        return Unusable(f"StepRewards with the total {_show(value.total)}")
+    return StepRewards(steps=sorted(steps), total=total)
+
+
+def _number(value: Any) -> float | None:
+    """The value as a finite float, or None where it is none. numpy's and torch's scalars count as numbers."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _show(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return shown if isinstance(value, float) or value is None else f"{shown} ({type(value).__name__})"

@@ -1,0 +1,212 @@
+"""Who makes the calls: worker processes that can be killed, or threads of this process. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import popen_spawn_posix, spawn
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any, Protocol
+
+import cloudpickle
+from pebble import ProcessExpired, ProcessPool
+
+from fastgrpo.config import UserError
+from fastgrpo.rewards.calls import Outcome, run_calls
+from fastgrpo.rewards.contract import Failure, RewardFunction
+from fastgrpo.rewards.worker import Shipment, answer, initialize
+
+GRACE_S = 1.0
+"""Async calls are given up on by their own event loop; this much later the loop itself counts as stuck."""
+
+Ticket = Callable[[], list[Outcome]]
+"""Waits for a batch of calls."""
+
+
+class Executor(Protocol):
+    """Runs calls of the reward functions it was made with."""
+
+    def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
+        """Starts the calls of function number `index`; they share one fate where it exceeds its limit."""
+
+    def close(self) -> None:
+        """Ends everything that was started."""
+
+
+class ProcessExecutor:
+    """`num_workers` processes; one that exceeds the limit is killed, with all it started, and replaced."""
+
+    def __init__(self, functions: list[RewardFunction], *, by_path: list[bool], num_workers: int, timeout_s: float):
+        self._functions = functions
+        self._shipments = [_ship(f, path) for f, path in zip(functions, by_path, strict=True)]
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._start()
+
+    def _start(self) -> None:
+        self._pool = ProcessPool(
+            max_workers=self._num_workers,
+            initializer=initialize,
+            initargs=(os.getpid(), self._shipments),
+            context=_WorkerContext(),
+        )
+        self._closed = threading.Event()
+        started: Future[None] = Future()
+        # Linux ties a worker's life to the thread that started it; this one lives as long as the pool.
+        args = (self._pool, started, self._closed)
+        threading.Thread(target=_start_and_stay, args=args, daemon=True, name="reward-workers").start()
+        started.result()
+
+    def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
+        if not self._pool.active:  # an idle worker was killed from outside, which pebble does not survive
+            self.close()
+            self._start()
+        function = self._functions[index]
+        how = {"is_async": function.is_async, "per_group": function.per_group, "timeout_s": self._timeout_s}
+        timeout = self._timeout_s + (GRACE_S if function.is_async else 0.0)
+        future = self._pool.schedule(answer, args=(index, calls), kwargs=how, timeout=timeout)
+        return lambda: _wait(future, len(calls))
+
+    def close(self) -> None:
+        self._pool.stop()
+        self._pool.join()
+        self._closed.set()
+
+
+def _start_and_stay(pool: ProcessPool, started: Future, closed: threading.Event) -> None:
+    try:
+        pool.schedule(os.getpid)
+        started.set_result(None)
+    except BaseException as error:
+        started.set_exception(error)
+    closed.wait()
+
+
+def _wait(future: Future, num_calls: int) -> list[Outcome]:
+    try:
+        return future.result()
+    except FutureTimeoutError:
+        return [Failure("timeout", "")] * num_calls
+    except ProcessExpired as error:
+        return [Failure("error", f"the worker process died with exit code {error.exitcode}")] * num_calls
+    except BrokenProcessPool:
+        return [Failure("error", "the worker processes were killed from outside")] * num_calls
+
+
+def _ship(function: RewardFunction, by_path: bool) -> Shipment:
+    if by_path:
+        return Shipment(function.key, function.path, None)
+    try:
+        return Shipment(function.key, function.path, cloudpickle.dumps(function.function))
+    except Exception as error:  # pickling runs code of whatever the function holds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{function.path} cannot be sent to worker processes ({reason}); set reward.num_workers=0"
+        ) from error
+
+
+class ThreadExecutor:
+    """Threads of this process. A call that exceeds the limit is given up on but cannot be ended.
+
+    Functions run one call at a time, so they need not be thread-safe; async ones all at once.
+    """
+
+    def __init__(self, functions: list[RewardFunction], *, timeout_s: float):
+        self._functions = functions
+        self._timeout_s = timeout_s
+
+    def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
+        if self._functions[index].is_async:
+            future = self._start(index, calls)
+            return lambda: self._wait(future, calls, self._timeout_s + GRACE_S)
+        return lambda: self._wait(self._start(index, calls), calls, self._timeout_s)
+
+    def _start(self, index: int, calls: list[dict[str, Any]]) -> Future:
+        function, future = self._functions[index], Future[list[Outcome]]()
+
+        def run() -> None:
+            how = {"is_async": function.is_async, "per_group": function.per_group, "timeout_s": self._timeout_s}
+            future.set_result(run_calls(function.function, calls, **how))  # type: ignore[arg-type]
+
+        threading.Thread(target=run, daemon=True, name=f"reward-{function.name}").start()
+        return future
+
+    def _wait(self, future: Future, calls: list[dict[str, Any]], timeout_s: float) -> list[Outcome]:
+        try:
+            return future.result(timeout_s)
+        except FutureTimeoutError:
+            return [Failure("timeout", "")] * len(calls)
+
+    def close(self) -> None:
+        """Nothing to end: the threads are daemons."""
+
+
+class _WorkerPopen(popen_spawn_posix.Popen):
+    """Starts a worker that sees neither a Ctrl-C before it can handle it, nor the trainer's main module.
+
+    multiprocessing would import the main module again in every worker: all of torch for `fastgrpo train`, and the
+    whole training script for a notebook's user who did not guard it by `if __name__ == "__main__"`.
+    """
+
+    def _launch(self, process_obj: Any) -> None:
+        with _sigint_blocked(), _main_module_left_out():
+            super()._launch(process_obj)  # type: ignore[misc]
+
+
+class _WorkerProcess(SpawnProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802
+        return _WorkerPopen(process_obj)
+
+    def terminate(self) -> None:
+        """Kills the worker and all it started, at once: one stuck in C code would not heed a gentler signal."""
+        if not self.is_alive():
+            return
+        assert self.pid is not None
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # too young to have its own group
+            self.kill()
+
+
+class _WorkerContext(SpawnContext):
+    Process = _WorkerProcess
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """A child inherits its creating thread's signal mask."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_launch_lock = threading.Lock()
+
+
+@contextmanager
+def _main_module_left_out() -> Iterator[None]:
+    """Only for processes that this thread launches meanwhile."""
+    with _launch_lock:
+        original, launching = spawn.get_preparation_data, threading.get_ident()
+
+        def without_main(name: str) -> dict[str, Any]:
+            data = original(name)
+            if threading.get_ident() == launching:
+                data.pop("init_main_from_name", None)
+                data.pop("init_main_from_path", None)
+            return data
+
+        spawn.get_preparation_data = without_main
+        try:
+            yield
+        finally:
+            spawn.get_preparation_data = original

@@ -1,0 +1,265 @@
+"""Scores groups: calls every reward function on every group, checks what comes back, applies the error policy."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import RewardConfig, UserError
+from fastgrpo.rewards.binding import Sample, bind
+from fastgrpo.rewards.contract import Failure, RewardFunction, StepRewards, Unusable
+from fastgrpo.rewards.loading import describe_reward, load_reward
+from fastgrpo.rewards.pool import Executor, ProcessExecutor, ThreadExecutor, Ticket
+from fastgrpo.types import Prompt, RolloutGroup, ScoredGroup
+
+Scores = list[float | StepRewards]
+"""One function's values for a group, one per completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreResult:
+    """Example: ScoreResult(groups=[...], metrics={"reward/error_count": 0.0, ...})."""
+
+    groups: list[ScoredGroup]
+    """In the order given, without those that the policy dropped."""
+    metrics: dict[str, float]
+    """reward/error_count and reward/timeout_count (calls), reward/dropped_groups, and with more than one function
+    each one's mean reward/<name>, unweighted, over the groups that are kept."""
+
+
+class Rewards:
+    """The configured reward functions, ready to be called. A context manager: leaving it ends the workers.
+
+    Example:
+        with Rewards(config.reward) as rewards:
+            rewards.check(prompts.train[0])
+            result = rewards.score(groups, tokenizer.decode)
+    """
+
+    def __init__(self, config: RewardConfig, function: Callable[..., Any] | None = None) -> None:
+        """`function` takes the place of reward.path, for functions that live in a notebook.
+
+        Raises UserError for a function that cannot be loaded or sent to the workers, and for unknown settings.
+        """
+        _check(config)
+        self._config = config
+        self._functions = _load(config, function)
+        by_path = [function is None, *(True for _ in config.extra)]
+        self._executor: Executor
+        if config.num_workers == 0:
+            self._executor = ThreadExecutor(self._functions, timeout_s=config.timeout_s)
+        else:
+            self._executor = ProcessExecutor(
+                self._functions, by_path=by_path, num_workers=config.num_workers, timeout_s=config.timeout_s
+            )
+
+    def __enter__(self) -> Rewards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes, also those in the middle of a call."""
+        self._executor.close()
+
+    def score(self, groups: list[RolloutGroup], decode: Callable[[Tensor], str]) -> ScoreResult:
+        """Calls the functions on all groups at once and sums their values by weight.
+
+        `decode` turns a completion's token_ids (R,) into the text that the functions see.
+        Raises UserError where a function returns what is no reward, and under reward.on_error=fail where it raises
+        or exceeds reward.timeout_s.
+        """
+        samples = [_sample(group, decode) for group in groups]
+        kept, metrics = self._score_samples(samples)
+        scored = [_scored_group(groups[i], scores, self._functions) for i, scores in kept.items()]
+        if len(self._functions) > 1 and scored:
+            for name in scored[0].reward_terms:
+                metrics[f"reward/{name}"] = torch.cat([group.reward_terms[name] for group in scored]).mean().item()
+        return ScoreResult(groups=scored, metrics=metrics)
+
+    def check(self, prompt: Prompt, *, group_size: int = 2) -> None:
+        """Scores made-up completions of a real prompt, so that a broken function ends the run before it starts.
+
+        Raises UserError as `score` does.
+        """
+        self._score_samples(
+            [
+                Sample(
+                    prompt_id=prompt.prompt_id,
+                    prompt=prompt.text,
+                    answer=prompt.answer,
+                    metadata=prompt.metadata,
+                    completions=["0"] * group_size,
+                    token_ids=[[0]] * group_size,
+                    finish_reasons=["stop"] * group_size,
+                )
+            ]
+        )
+
+    def _score_samples(self, samples: list[Sample]) -> tuple[dict[int, list[Scores]], dict[str, float]]:
+        """For each kept sample every function's scores, and the counts."""
+        tickets = [[self._submit(index, sample) for index in range(len(self._functions))] for sample in samples]
+        counts = {"reward/error_count": 0.0, "reward/timeout_count": 0.0, "reward/dropped_groups": 0.0}
+        kept: dict[int, list[Scores]] = {}
+        for i, sample in enumerate(samples):
+            collected = [
+                self._collect(function, sample, ticket, counts)
+                for function, ticket in zip(self._functions, tickets[i], strict=True)
+            ]
+            whole = [scores for scores in collected if scores is not None]
+            if len(whole) == len(collected):
+                kept[i] = whole
+            else:
+                counts["reward/dropped_groups"] += 1
+        return kept, counts
+
+    def _submit(self, index: int, sample: Sample) -> list[Ticket]:
+        """One batch of calls where one call can hold up or end the others, else one each."""
+        function = self._functions[index]
+        calls = bind(function, sample)
+        batches = [calls] if function.is_async else [[call] for call in calls]
+        return [self._executor.submit(index, batch) for batch in batches]
+
+    def _collect(
+        self, function: RewardFunction, sample: Sample, tickets: list[Ticket], counts: dict[str, float]
+    ) -> Scores | None:
+        """The function's scores for the sample, or None where the policy drops it."""
+        outcomes = [outcome for ticket in tickets for outcome in ticket()]
+        scores: Scores = []
+        failed = False
+        for outcome in outcomes:
+            if isinstance(outcome, Failure):
+                failed = True
+                self._count_or_raise(function, sample, len(scores), outcome, counts)
+                scores.extend([0.0] * (len(sample.completions) if function.per_group else 1))
+            else:
+                scores.extend(_usable(function, sample, len(scores), outcome))
+        return None if failed and self._config.on_error == "drop" else scores
+
+    def _count_or_raise(
+        self, function: RewardFunction, sample: Sample, completion: int, failure: Failure, counts: dict[str, float]
+    ) -> None:
+        where = _where(function, sample, None if function.per_group else completion)
+        if failure.kind == "refused":
+            raise UserError(f"{where}: {failure.message}")
+        if self._config.on_error == "fail":
+            limit = f"exceeded reward.timeout_s={self._config.timeout_s:g}"
+            what = limit if failure.kind == "timeout" else f"raised {failure.message}"
+            mend = "raise the limit" if failure.kind == "timeout" else "mend the function"
+            raise UserError(f"{where} {what}; {mend} or set reward.on_error=zero or drop")
+        counts[f"reward/{failure.kind}_count"] += 1
+
+
+def _check(config: RewardConfig) -> None:
+    if config.on_error not in ("fail", "zero", "drop"):
+        raise UserError(f"reward.on_error={config.on_error} is unknown; use fail, zero or drop")
+    if not config.timeout_s > 0:
+        raise UserError(f"reward.timeout_s={config.timeout_s} must be positive")
+    if config.num_workers < 0:
+        raise UserError(f"reward.num_workers={config.num_workers} is negative; use 0 for the trainer's own process")
+    weights = {
+        "reward.weight": config.weight,
+        **{f"reward.extra.{n}.weight": t.weight for n, t in config.extra.items()},
+    }
+    for key, weight in weights.items():
+        if not math.isfinite(weight):
+            raise UserError(f"{key}={weight} must be a finite number")
+
+
+def _load(config: RewardConfig, function: Callable[..., Any] | None) -> list[RewardFunction]:
+    main: dict[str, Any] = {"weight": config.weight, "kwargs": config.kwargs}
+    if function is None:
+        functions = [load_reward(config.path, **main)]
+    else:
+        if not callable(function):
+            raise UserError(f"the reward is a {type(function).__name__} ({function!r:.40}); give a function")
+        unwrapped = inspect.unwrap(getattr(function, "func", function))
+        name = getattr(unwrapped, "__name__", type(unwrapped).__name__)
+        functions = [describe_reward(function, path=name, key="reward", **main)]
+    for name, term in config.extra.items():
+        key = f"reward.extra.{name}.path"
+        functions.append(load_reward(term.path, key=key, name=name, weight=term.weight, kwargs=term.kwargs))
+        if name == functions[0].name:
+            raise UserError(f"reward.extra.{name} has the name of the first reward function; rename it")
+    return functions
+
+
+def _sample(group: RolloutGroup, decode: Callable[[Tensor], str]) -> Sample:
+    return Sample(
+        prompt_id=group.prompt.prompt_id,
+        prompt=group.prompt.text,
+        answer=group.prompt.answer,
+        metadata=group.prompt.metadata,
+        completions=[decode(rollout.token_ids) for rollout in group.rollouts],
+        token_ids=[rollout.token_ids.tolist() for rollout in group.rollouts],
+        finish_reasons=[rollout.finish_reason for rollout in group.rollouts],
+    )
+
+
+def _usable(function: RewardFunction, sample: Sample, first: int, outcome: Any) -> Scores:
+    """The values of one call, which began at completion `first`. Raises UserError for any that is no reward."""
+    where = _where(function, sample, None)
+    expected = len(sample.completions) if function.per_group else 1
+    if isinstance(outcome, Unusable):
+        raise UserError(f"{where} returned {outcome.shown}; return a list with one number per completion ({expected})")
+    if len(outcome) != expected:
+        raise UserError(f"{where} returned {len(outcome)} values; return one per completion ({expected})")
+    for completion, value in enumerate(outcome, start=first):
+        where = _where(function, sample, completion)
+        if isinstance(value, Unusable):
+            raise UserError(f"{where} returned {value.shown}; return a finite number")
+        if isinstance(value, StepRewards):
+            length = len(sample.token_ids[completion])
+            for index, _ in value.steps:
+                if not 0 <= index < length:
+                    raise UserError(f"{where} returned a step that ends at token {index} of {length}; count from 0")
+    return outcome
+
+
+def _where(function: RewardFunction, sample: Sample, completion: int | None) -> str:
+    place = "" if completion is None else f", completion {completion}"
+    return f"{function.key}={function.path} on prompt {sample.prompt_id}{place}"
+
+
+def _scored_group(group: RolloutGroup, scores: list[Scores], functions: list[RewardFunction]) -> ScoredGroup:
+    terms = {
+        function.name: torch.tensor([_total(value) for value in values], dtype=torch.float32)  # (G,)
+        for function, values in zip(functions, scores, strict=True)
+    }
+    weighted = [function.weight * terms[function.name].double() for function in functions]
+    supervised = any(isinstance(value, StepRewards) for values in scores for value in values)
+    return ScoredGroup(
+        group=group,
+        rewards=torch.stack(weighted).sum(0).float(),  # (G,)
+        step_rewards=_step_rewards(group, scores, functions) if supervised else None,
+        reward_terms=terms,
+    )
+
+
+def _total(value: float | StepRewards) -> float:
+    if not isinstance(value, StepRewards):
+        return value
+    assert value.total is not None  # normalize fills it
+    return value.total
+
+
+def _step_rewards(
+    group: RolloutGroup, scores: list[Scores], functions: list[RewardFunction]
+) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """All functions' steps, weighted; a completion's plain reward is a step that ends with its last token."""
+    all_steps = []
+    for completion, rollout in enumerate(group.rollouts):
+        steps: list[tuple[int, float]] = []
+        for function, values in zip(functions, scores, strict=True):
+            value = values[completion]
+            own = value.steps if isinstance(value, StepRewards) else [(rollout.token_ids.shape[0] - 1, value)]
+            steps.extend((index, function.weight * reward) for index, reward in own)
+        all_steps.append(tuple(sorted(steps)))
+    return tuple(all_steps)
