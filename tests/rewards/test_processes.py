@@ -1,0 +1,186 @@
+"""Worker processes: light, reused, deaf to Ctrl-C, and never left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from fastgrpo.config import RewardConfig, UserError
+from fastgrpo.rewards import Rewards
+
+REPORT_PID = "import os\ndef score(completion):\n    return os.getpid()"
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def worker_pids(rewards, group, decode):
+    pids = set()
+    for _ in range(5):
+        for scored in rewards.score([group(["a"] * 8)], decode).groups:
+            pids |= {int(pid) for pid in scored.rewards.tolist()}
+    return pids
+
+
+def test_workers_are_reused_and_gone_afterwards(group, decode, reward_file):
+    with Rewards(RewardConfig(path=reward_file(REPORT_PID), num_workers=2)) as rewards:
+        pids = worker_pids(rewards, group, decode)
+        assert len(pids) <= 2
+        assert os.getpid() not in pids
+        assert all(alive(pid) for pid in pids)
+    assert wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_workers_start_without_heavy_imports(group, decode):
+    def score(completion):
+        import sys
+
+        heavy = {"torch", "numpy", "transformers", "hydra", "pyarrow"}
+        return len(heavy & set(sys.modules))
+
+    with Rewards(RewardConfig(num_workers=1), score) as rewards:
+        assert rewards.score([group(["a"])], decode).groups[0].rewards.tolist() == [0]
+
+
+def test_a_killed_idle_worker_is_replaced(group, decode, reward_file):
+    with Rewards(RewardConfig(path=reward_file(REPORT_PID), num_workers=1)) as rewards:
+        (pid,) = worker_pids(rewards, group, decode)
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: not alive(pid))
+        time.sleep(0.5)
+        (other,) = worker_pids(rewards, group, decode)
+        assert other != pid
+    assert wait_until(lambda: not alive(other))
+
+
+def test_a_worker_over_its_limit_takes_what_it_started_along(group, decode, reward_file, tmp_path):
+    source = f"""
+import subprocess
+def score(completion):
+    child = subprocess.Popen(["sleep", "60"])
+    open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+    child.wait()
+"""
+    config = RewardConfig(path=reward_file(source), num_workers=1, timeout_s=1.0, on_error="zero")
+    with Rewards(config) as rewards:
+        assert rewards.score([group(["a"])], decode).metrics["reward/timeout_count"] == 1
+        assert wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+def test_functions_that_cannot_travel_say_so():
+    lock = threading.Lock()
+
+    def score(completion):
+        return lock.locked()
+
+    with pytest.raises(UserError, match=r"^score cannot be sent to worker processes \(.*\); set reward.num_workers=0"):
+        Rewards(RewardConfig(num_workers=1), score)
+
+
+SCRIPT = """
+import os, sys, time
+print("started", flush=True)  # twice, if a worker imported this unguarded script
+import torch
+from fastgrpo.config import RewardConfig
+from fastgrpo.rewards import Rewards
+from fastgrpo.types import Prompt, Rollout, RolloutGroup
+
+def score(completion):
+    if completion == "a":
+        print("worker", os.getpid(), flush=True)
+        {body}
+    return 1
+
+prompt = Prompt(prompt_id="train/0", token_ids=torch.tensor([1]), text="?")
+rollout = Rollout(prompt_id="train/0", token_ids=torch.tensor([97]), loss_mask=torch.tensor([True]),
+                  sampler_logprobs=torch.zeros(1), finish_reason="stop", policy_version=0)
+rewards = Rewards(RewardConfig(num_workers=2), score)
+result = rewards.score([RolloutGroup(prompt=prompt, rollouts=(rollout, rollout))], lambda ids: chr(ids[0]))
+print("result", result.groups[0].rewards.tolist(), flush=True)
+"""
+
+
+def start_script(tmp_path, body):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace("{body}", body))
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, script], start_new_session=True, **streams)
+
+
+def pids_of_two_workers(process):
+    assert process.stdout.readline() == "started\n"
+    return [int(process.stdout.readline().split()[1]) for _ in range(2)]
+
+
+def test_a_script_without_a_main_guard_ends_by_itself_and_leaves_nothing(tmp_path):
+    process = start_script(tmp_path, "time.sleep(0.5)")
+    pids = pids_of_two_workers(process)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (0, "result [1.0, 1.0]\n", "")
+    assert len(set(pids)) == 2
+    assert wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+@pytest.mark.parametrize("body", ["time.sleep(60)", "import re; re.fullmatch('(a+)+b', 'a' * 60)"])
+def test_workers_die_with_a_killed_parent_even_when_stuck(tmp_path, body):
+    process = start_script(tmp_path, body)
+    pids = pids_of_two_workers(process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_ctrl_c_reaches_the_trainer_alone(tmp_path):
+    process = start_script(tmp_path, "time.sleep(1.5)")
+    pids = pids_of_two_workers(process)
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    assert process.stdout.readline() == "result [1.0, 1.0]\n"
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (0, "", "")
+
+
+def test_a_terminals_ctrl_c_ends_the_script_with_one_traceback(tmp_path):
+    process = start_script(tmp_path, "time.sleep(60)")
+    pids = pids_of_two_workers(process)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: every process of the foreground group
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_a_ctrl_c_while_workers_start_is_not_theirs(tmp_path):
+    script = tmp_path / "early.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "from fastgrpo.config import RewardConfig\n"
+        "from fastgrpo.rewards import Rewards\n"
+        "signal.signal(signal.SIGINT, lambda *_: None)\n"
+        "with Rewards(RewardConfig(num_workers=4)):\n"
+        "    for _ in range(40):\n"
+        "        os.killpg(0, signal.SIGINT)\n"
+        "        time.sleep(0.01)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, start_new_session=True, timeout=60
+    )
+    assert (process.returncode, process.stderr) == (0, "")
