@@ -47,7 +47,7 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
             )
         function = getattr(function, part)
     if not callable(function):
-        raise UserError(f"{key}={path} is a {type(function).__name__}, not a function; name a function")
+        raise UserError(f"{key}={path} is not a function but {function!r:.40}; name a function")
     return function
 
 
