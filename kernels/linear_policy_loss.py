@@ -1,12 +1,204 @@
-"""The public linear_policy_loss; today it is its reference."""
+"""From hidden states to the gradient of the objective, with the gradient computed in the forward pass.
 
+A chunk of rows at a time:   Z = X_c W^T   ->   row operations: loss and dZ in place of Z
+                             dX_c = dZ W   ->   dW += dZ^T X_c
+The (T, V) logits never exist, and no GEMM runs twice: 6 T H V operations where autograd through a checkpointed
+chunk needs 8. It is legal because dZ's row t needs nothing that is unknown when its chunk is computed (see
+token_terms.py); where a sequence's ratio is needed, chunks end at sequence boundaries (see chunks.plan_units).
+The upstream gradient is a scalar and is multiplied in later, on the device.
+
+Letters: T scored tokens, H hidden, V vocabulary (shard).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any
 
-from fastgrpo.kernels import reference
+import torch
+from torch import Tensor
+
+from fastgrpo.kernels import chunks
+from fastgrpo.kernels.backend import refuse_second_derivative, scale_in_place, take_once, use_triton
+from fastgrpo.kernels.heads import LinearHead
+from fastgrpo.kernels.objective import LossInputs, LossOutput, Objective
+from fastgrpo.kernels.policy_rows import walk
+from fastgrpo.kernels.reference import check_targets
+from fastgrpo.kernels.token_terms import metrics_from
+from fastgrpo.kernels.vocab_parallel import VocabShard, check_hidden_and_weight
+
+_NAME = "fastgrpo.kernels.linear_policy_loss"
 
 
-def linear_policy_loss(*args: Any, tp_group: Any = None, **kwargs: Any) -> Any:
-    """See reference.linear_policy_loss."""
-    if tp_group is not None:
-        raise ValueError(f"tp_group={tp_group!r}: not there yet; use None")
-    return reference.linear_policy_loss(*args, **kwargs)
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """Everything about a call but its two differentiable tensors."""
+
+    batch: LossInputs
+    objective: Objective
+    shard: VocabShard
+    triton: bool
+    chunk_size: int
+    tile_dtype: torch.dtype
+    entropy: bool
+    grad_weight_buffer: Tensor | None
+    grad_scale: float
+    reduce_grad_hidden: bool
+
+
+def _run(
+    hidden: Tensor, weight: Tensor, call: _Call, need_hidden: bool, need_weight: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """((sums (R,) float64 in RECORDS' order, logprobs (T,), entropy (T,)), (dHidden, dWeight))."""
+    batch, objective, shard = call.batch, call.objective, call.shard
+    head = LinearHead(
+        hidden,
+        weight,
+        batch.token_weights != 0,
+        shard,
+        triton=call.triton,
+        chunk_size=call.chunk_size,
+        tile_dtype=call.tile_dtype,
+        temperature=objective.temperature,
+    )
+    head.want_gradients(
+        hidden=need_hidden,
+        weight=need_weight,
+        buffer=call.grad_weight_buffer,
+        buffer_scale=call.grad_scale,
+        reduce_hidden=call.reduce_grad_hidden,
+    )
+    outputs = walk(
+        head,
+        batch,
+        objective,
+        shard,
+        chunk_size=call.chunk_size,
+        entropy=call.entropy,
+        finite=True,
+        gradient=need_hidden or need_weight,
+    )
+    return outputs, head.finish()
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    """Forward: loss and unscaled gradients. Backward: the scalar upstream gradient, multiplied in."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, call: _Call, need_hidden: bool, need_weight: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs, ctx.grads = _run(hidden, weight, call, need_hidden, need_weight)
+        ctx.call, ctx.weight = call, weight
+        ctx.mark_non_differentiable(*outputs)
+        ctx.set_materialize_grads(False)
+        return outputs[0][0].to(outputs[1].dtype), *outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        refuse_second_derivative(_NAME)
+        grad_hidden, grad_weight = take_once(ctx, _NAME)
+        if grad_loss is None:
+            return None, None, None, None, None
+        scale = grad_loss
+        if ctx.call.grad_weight_buffer is not None:
+            scale = torch.where(scale == ctx.call.grad_scale, scale, torch.nan)
+        grad_hidden = scale_in_place(grad_hidden, scale)
+        grad_weight = scale_in_place(grad_weight, scale)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight.dtype)
+        elif ctx.call.grad_weight_buffer is not None:
+            grad_weight = _announce_buffer(ctx.weight)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    batch: LossInputs,
+    objective: Objective,
+    *,
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_weight_buffer: Tensor | None = None,
+    grad_scale: float = 1.0,
+    reduce_grad_hidden: bool = True,
+    entropy: bool = True,
+    backend: str = "auto",
+) -> LossOutput:
+    """The objective on logits hidden @ weight^T, which are never held beyond a chunk of rows.
+
+    Args:
+        hidden: (T, H) float32, bfloat16 or float16 (float64 on the torch backend).
+        weight: (V, H), same dtype; under tensor parallelism this rank's shard, equally large on all ranks.
+            Either of the two may need no gradient.
+        batch, objective: see objective.py. Rows of hidden under token_weights == 0 may hold NaN.
+        tp_group: the process group that splits the vocabulary; hidden and batch are the same on all its ranks.
+        vocab_size: tokens in the whole vocabulary where the weight has padding rows behind them.
+        chunk_size: rows of logits that may exist at once; None chooses from V and the device's memory.
+        logits_dtype: of the tile of logits; None is float32. hidden's own bfloat16 halves its memory and costs
+            about 4e-2 at worst in a logprob (docs/kernels.md). Triton backend only.
+        grad_weight_buffer: (V, H), dWeight is *added* here during the forward pass (Megatron's main_grad) and
+            weight's own gradient stays None. A weight with the attribute grad_added_to_main_grad has it set to
+            True and receives zeros, as Megatron's hooks expect.
+        grad_scale: the upstream gradient to expect with grad_weight_buffer, where it must be known beforehand;
+            another one at backward turns hidden's gradient into NaN rather than leaving the two inconsistent.
+        reduce_grad_hidden: sum hidden's gradient over tp_group; False where the caller reduces (or
+            reduce-scatters) it, as Megatron's sequence parallelism does.
+        entropy: report the entropy also where the objective does not need it.
+        backend: "auto" (Triton on CUDA, torch on CPU), "torch" or "triton".
+
+    Returns: LossOutput; loss is float32 (float64 from float64). Its gradient may be taken once, not twice.
+    Raises: ValueError, naming the field, for shapes, dtypes, missing data and, on a CPU, for targets outside the
+        vocabulary. On a GPU, where looking would wait for the device, such a target makes the loss NaN.
+    """
+    batch.require_for(objective)
+    check_hidden_and_weight(hidden, weight, batch.targets)
+    shard = VocabShard.of(weight.shape[0], vocab_size, tp_group)
+    triton = use_triton(backend, hidden)
+    if not (triton and hidden.device.type == "cuda"):  # there, looking would wait for the device
+        check_targets(batch.targets, batch.token_weights != 0, shard.vocab_size)
+    tile_dtype = chunks.tile_dtype(logits_dtype, hidden.dtype, triton)
+    if grad_weight_buffer is not None:
+        _check_buffer(grad_weight_buffer, weight)
+    with_entropy = entropy or objective.entropy_coef != 0
+    call = _Call(
+        batch=batch,
+        objective=objective,
+        shard=shard,
+        triton=triton,
+        chunk_size=chunks.chunk_size(chunk_size, weight.shape[0], weight.dtype, tile_dtype, weight.device),
+        tile_dtype=tile_dtype,
+        entropy=with_entropy,
+        grad_weight_buffer=grad_weight_buffer,
+        grad_scale=grad_scale if grad_weight_buffer is not None else 1.0,
+        reduce_grad_hidden=reduce_grad_hidden,
+    )
+    recording = torch.is_grad_enabled()
+    loss, sums, logprobs, row_entropy = _LinearPolicyLoss.apply(
+        hidden, weight, call, recording and hidden.requires_grad, recording and weight.requires_grad
+    )
+    return LossOutput(
+        loss=loss,
+        logprobs=logprobs,
+        entropy=row_entropy if with_entropy else None,
+        metrics=metrics_from(sums, entropy=with_entropy, reference=batch.ref_logprobs is not None),
+    )
+
+
+def _check_buffer(buffer: Tensor, weight: Tensor) -> None:
+    if buffer.shape != weight.shape or buffer.device != weight.device or not buffer.is_contiguous():
+        raise ValueError(
+            f"grad_weight_buffer {tuple(buffer.shape)} on {buffer.device}: give a contiguous "
+            f"{tuple(weight.shape)} tensor on {weight.device}"
+        )
+
+
+def _announce_buffer(weight: Tensor) -> Tensor | None:
+    """What autograd receives for a weight whose gradient already lies in its buffer."""
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.zeros_like(weight)

@@ -9,7 +9,9 @@ Letters: T scored tokens, S sequences, H hidden size, V vocabulary (or its local
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 
 SURROGATES = ("clip", "cispo", "sapo", "reinforce")
@@ -122,6 +124,25 @@ class LossInputs:
             raise ValueError("LossInputs.ref_logprobs is None: kl_coef > 0 needs the reference's logprobs")
         if objective.ratio_level == "sequence" and self.cu_seqlens is None:
             raise ValueError("LossInputs.cu_seqlens is None: ratio_level=sequence needs the sequences' bounds")
+
+    def tokens_from(self, start: int, stop: int) -> LossInputs:
+        """The tokens [start, stop); sequences outside stay as empty ones."""
+        cu = None if self.cu_seqlens is None else self.cu_seqlens.clamp(start, stop) - start
+        return self._index(slice(start, stop), cu)
+
+    def tokens_at(self, kept: Tensor | None) -> LossInputs:
+        """The tokens at ascending positions, all for None; sequences shrink to what is kept of them."""
+        if kept is None:
+            return self
+        cu = None if self.cu_seqlens is None else torch.searchsorted(kept, self.cu_seqlens.to(kept))
+        return self._index(kept, cu)
+
+    def _index(self, index: Tensor | slice, cu_seqlens: Tensor | None) -> LossInputs:
+        values: dict[str, Any] = {"cu_seqlens": cu_seqlens}
+        for name in (field.name for field in fields(self) if field.name != "cu_seqlens"):
+            value = getattr(self, name)
+            values[name] = None if value is None else value[index]
+        return LossInputs(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,7 +205,7 @@ def _surrogate(
         loss = -clipped.detach() * advantages * log_p
         counts["clip_low_count"], counts["clip_high_count"] = ratio < low, ratio > high
     elif objective.surrogate == "sapo":
-        tau = torch.where(advantages > 0, objective.sapo_tau_pos, objective.sapo_tau_neg)
+        tau = torch.where(advantages > 0, torch.full_like(advantages, objective.sapo_tau_pos), objective.sapo_tau_neg)
         loss = -(4.0 / tau) * torch.sigmoid(tau * (ratio - 1.0)) * advantages
     else:
         loss = -advantages * log_p

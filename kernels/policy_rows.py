@@ -1,0 +1,87 @@
+"""The walk over a batch that every policy loss makes: logits of a unit, its loss and gradient, next unit.
+
+Two backends do the row work in the same three steps: statistics of a tile, combine them (over the shards of a
+vocabulary) into the loss and its row coefficients, turn the tile into dlogits.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastgrpo.kernels.chunks import Span, plan_units
+from fastgrpo.kernels.heads import Head
+from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.policy_rows_torch import TorchPolicyRows
+from fastgrpo.kernels.token_terms import ENTROPY_ROW, LOGPROB_ROW
+from fastgrpo.kernels.vocab_parallel import VocabShard
+
+
+class PolicyRows(Protocol):
+    """What a backend does with a tile (n, V) of logits whose rows are the tokens of `span`."""
+
+    records: Tensor
+    """(R, T) in RECORDS' order, filled as units are processed."""
+
+    def one_pass(self, tile: Tensor, span: Span) -> Tensor | None:
+        """The gradient at once, where the unit is this tile and no other shard has a say; None: take the steps."""
+
+    def statistics(self, tile: Tensor, span: Span) -> Tensor:
+        """(n, 4): max, sum, shifted sum and target logit of each row."""
+
+    def combine(self, gathered: Tensor, span: Span) -> None:
+        """Take in a unit's statistics (R, n, 4) from all shards, in rank order."""
+
+    def gradient(self, tile: Tensor, span: Span) -> Tensor:
+        """dL/dlogits of the tile, in place where the dtype allows."""
+
+
+def walk(
+    head: Head,
+    batch: LossInputs,
+    objective: Objective,
+    shard: VocabShard,
+    *,
+    chunk_size: int,
+    entropy: bool,
+    finite: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every unit once: logits from the head, loss and gradient by the backend's rows, the gradient to the head.
+
+    A unit of several chunks holds one sequence too long for a chunk; its logits are computed a second time
+    once the sequence's ratio is known.
+
+    Returns: sums (R,) float64 of the records over the tokens, logprobs (T,), entropies (T,).
+    """
+    batch = batch.tokens_at(head.kept)
+    rows = _rows(head, batch, objective, shard, entropy=entropy, finite=finite)
+    bounds = None
+    if objective.ratio_level == "sequence":
+        assert batch.cu_seqlens is not None
+        bounds = batch.cu_seqlens.tolist()
+    for unit in plan_units(head.num_rows, chunk_size, bounds):
+        if len(unit) == 1 and gradient:
+            tile = head.logits(unit[0])
+            dlogits = rows.one_pass(tile, unit[0])
+            if dlogits is not None:
+                head.accumulate(dlogits, unit[0])
+                continue
+            stats = rows.statistics(tile, unit[0])
+        else:
+            stats = torch.cat([rows.statistics(head.logits(span), span) for span in unit])
+        rows.combine(shard.gather(stats), (unit[0][0], unit[-1][1]))
+        for span in unit if gradient else ():
+            dlogits = rows.gradient(tile if len(unit) == 1 else head.logits(span), span)
+            head.accumulate(dlogits, span)
+    sums = rows.records.sum(1, dtype=torch.float64)
+    return sums, head.spread(rows.records[LOGPROB_ROW]), head.spread(rows.records[ENTROPY_ROW])
+
+
+def _rows(
+    head: Head, batch: LossInputs, objective: Objective, shard: VocabShard, *, entropy: bool, finite: bool
+) -> PolicyRows:
+    assert not head.triton
+    return TorchPolicyRows(batch, objective, shard, head.tile, entropy=entropy, finite=finite)
