@@ -238,7 +238,7 @@ def test_ticks_are_round_numbers_inside():
 
 def test_numbers_for_people():
     assert [show(value, "real") for value in (0.0, 3e-4, 0.0123, 0.5, 12.3456, 123.456, None)] == [
-        "0.0000",
+        "0",
         "3e-4",
         "0.0123",
         "0.500",

@@ -19,7 +19,7 @@ h2 { font-size:1.15rem; font-weight:650; letter-spacing:-.01em; margin:3rem 0 .2
 h3 { font-size:.9rem; font-weight:600 }
 p.lead, .kicker, .note, footer { color:var(--soft); font-size:.86rem }
 p.lead { margin-bottom:1rem; max-width:56rem }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr)); gap:1px; margin-top:1.5rem;
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,10rem),1fr)); gap:1px; margin-top:1.5rem;
   background:var(--sheet); border:1px solid var(--rule); border-radius:8px; overflow:hidden }
 .tiles > div { box-shadow:0 0 0 1px var(--rule); padding:.85rem 1.1rem 1rem }
 .tiles dt, .facts dt { color:var(--soft); font-size:.8rem }
@@ -38,7 +38,8 @@ p.lead { margin-bottom:1rem; max-width:56rem }
 .chart.wide { grid-column:span 3; --tall:13rem }
 .chart.full { grid-column:1/-1; --tall:15rem }
 @media (max-width:60rem) { .chart { grid-column:span 3 } }
-@media (max-width:42rem) { .chart, .chart.wide { grid-column:1/-1; --tall:10rem } body { padding-top:1.5rem } }
+@media (max-width:42rem) { .chart, .chart.wide { grid-column:1/-1; --tall:10rem } body { padding-top:1.5rem }
+  .tiles > div { padding:.6rem .8rem .7rem } .tiles dd { font-size:1.1rem } h1 { font-size:1.35rem } }
 figcaption { display:flex; flex-wrap:wrap; gap:0 1rem; align-items:baseline; justify-content:space-between;
   min-height:1.5rem; margin-bottom:.5rem }
 .legend { list-style:none; padding:0; display:flex; flex-wrap:wrap; gap:0 .9rem; font-size:.8rem; color:var(--soft) }
@@ -81,6 +82,7 @@ td .key { display:inline-block; width:.7em; height:.7em; border-radius:2px; back
 .sample > header b { color:var(--ink); font-weight:600; overflow-wrap:anywhere }
 .pair { display:grid; grid-template-columns:1fr 1fr; gap:.8rem 1rem; margin-top:.6rem }
 @media (max-width:42rem) { .pair { grid-template-columns:1fr } }
+.sample > .said { margin-top:.5rem }
 .said { min-width:0; background:var(--sheet); border:1px solid var(--rule); border-radius:8px; overflow:hidden }
 .said .meta { display:flex; flex-wrap:wrap; gap:0 1rem; padding:.4rem .8rem; font-size:.8rem; color:var(--soft);
   border-bottom:1px solid var(--rule) }
@@ -114,7 +116,8 @@ SCRIPT = """
       if (size >= 1e4) return (v / 1e3).toFixed(1) + 'k';
       return size >= 100 || Number.isInteger(v) ? v.toFixed(0) : v.toFixed(1);
     }
-    if (size !== 0 && size < 1e-3) return exp(v, 1);
+    if (size === 0) return '0';
+    if (size < 1e-3) return exp(v, 1);
     return v.toFixed(size < 0.1 ? 4 : size < 100 ? 3 : 1);
   };
   let at = null;

@@ -217,7 +217,7 @@ def _tick(value: float, all_ticks: Sequence[float], kind: str) -> str:
     scale, unit = (100, " %") if kind == "percent" else (1, " s" if kind == "seconds" else "")
     largest = scale * max(map(abs, all_ticks))
     if value == 0 or largest >= 1e4 or largest < 1e-3:
-        return (show(value, "real") if value else "0") + unit
+        return show(value, "real") + unit
     for decimals in range(6):  # all of an axis with the decimals that its ticks need
         if all(abs(round(scale * tick, decimals) - scale * tick) < 1e-7 for tick in all_ticks):
             break

@@ -102,7 +102,7 @@ def ledger_table(rows: Sequence[Row]) -> str:
     body = "".join(
         f'<tr style="--swatch:var(--{PART_COLORS[part]})"><td><i class="key"></i>{part}</td>'
         f"<td>{PART_MEANINGS[part]}</td><td>{duration(seconds)}</td><td>{show(seconds / num_steps, 'seconds')}</td>"
-        f'<td>{seconds / (total or 1):.1%}</td><td class="share"><i class="fill" '
+        f'<td>{show(seconds / (total or 1), "percent")}</td><td class="share"><i class="fill" '
         f'style="width:{100 * seconds / (total or 1):.2f}%"></i></td></tr>'
         for part, seconds in spent.items()
         if seconds > 0
@@ -110,8 +110,8 @@ def ledger_table(rows: Sequence[Row]) -> str:
     return (
         '<div class="scroll"><table><thead><tr><th>part</th><th></th><th>time</th><th>a step</th><th>share</th>'
         f"<th></th></tr></thead><tbody>{body}</tbody><tfoot><tr><td>total</td><td></td><td>{duration(parts)}</td>"
-        f"<td>{show(parts / num_steps, 'seconds')}</td><td>{parts / (total or 1):.1%}</td><td></td></tr></tfoot>"
-        "</table></div>"
+        f"<td>{show(parts / num_steps, 'seconds')}</td><td>{show(parts / (total or 1), 'percent')}</td><td></td></tr>"
+        "</tfoot></table></div>"
         f'<p class="note">{escape(_balance(parts, total))}</p>'
     )
 

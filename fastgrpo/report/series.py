@@ -135,7 +135,9 @@ def show(value: float | None, kind: str) -> str:
             if size >= scale:
                 return f"{value / min(scale, 1e3 if unit == 'k' else scale):.1f}{unit}"
         return f"{value:.0f}" if size >= 100 or value == int(value) else f"{value:.1f}"
-    if size != 0 and size < 1e-3:
+    if size == 0:
+        return "0"
+    if size < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.4f}" if size < 0.1 else f"{value:.3f}" if size < 100 else f"{value:.1f}"
