@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastgrpo.config import UserError
@@ -33,14 +32,15 @@ def encode(tokenizer: Any, texts: list[str], places: list[str], *, special_token
 
 
 def _refuse_lost_characters(tokenizer: Any, texts: list[str], places: list[str]) -> None:
-    """Few characters are suspect (alone they give nothing or <unk>); only texts that hold one are looked at."""
+    """Few characters are suspect, lost where they stand alone; only texts that hold one are looked at."""
+    unknown = _unknown_id(tokenizer)
     characters = sorted({character for text in texts for character in text})
-    suspects = {character for character in characters if _is_lost(tokenizer, character)}
-    if not suspects:
-        return
+    alone = {character: _encode_alone(tokenizer, character) for character in characters}
+    vanishing = {c for c, ids in alone.items() if ids == [] and not c.isspace()}  # words may swallow white space
+    suspects = {c for c, ids in alone.items() if ids is None or unknown in ids} | vanishing
     for text, place in zip(texts, places, strict=True):
         held = sorted(suspects.intersection(text))
-        lost = [character for character in held if _is_lost_in(tokenizer, text, character)]
+        lost = [c for c in held if c in vanishing or _is_unknown_in(tokenizer, text, c, unknown)]
         if lost:
             raise UserError(
                 f"{place}: the tokenizer cannot encode {', '.join(map(repr, lost))}; "
@@ -48,25 +48,29 @@ def _refuse_lost_characters(tokenizer: Any, texts: list[str], places: list[str])
             )
 
 
-def _is_lost(tokenizer: Any, text: str) -> bool:
-    try:
-        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Exception:  # a vocabulary without an unknown token makes the tokenizers library raise plain Exception
-        return True
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        return True
-    return not ids and not text.isspace()  # many tokenizers fold white space into words
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The unknown token, also where only the model inside the tokenizer knows that it has one."""
+    if tokenizer.unk_token_id is not None or not tokenizer.is_fast:
+        return tokenizer.unk_token_id
+    token = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+    return None if token is None else tokenizer.backend_tokenizer.token_to_id(token)
 
 
-def _is_lost_in(tokenizer: Any, text: str, character: str) -> bool:
-    """Whether an occurrence of the character, in its place in the text, is in the unknown token or in none."""
-    if not tokenizer.is_fast:
-        return _is_lost(tokenizer, text)
+def _encode_alone(tokenizer: Any, text: str) -> list[int] | None:
+    """The text's ids, or None where the tokenizer fails on it: a vocabulary without an unknown token."""
     try:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    except Exception:  # as above: the text holds something outside the vocabulary
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception:  # the tokenizers library raises nothing more special
+        return None
+
+
+def _is_unknown_in(tokenizer: Any, text: str, character: str, unknown: int | None) -> bool:
+    """Whether the character, unknown alone, is unknown in the text too, and not part of a known word."""
+    ids = _encode_alone(tokenizer, text)
+    if ids is None:
         return True
-    known = [character.isspace()] * len(text)
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        known[start:end] = [token != tokenizer.unk_token_id] * (end - start)
-    return any(not known[i] for i, other in enumerate(text) if other == character)
+    if not tokenizer.is_fast:  # no offsets to tell which character it was
+        return unknown in ids
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return any(character in text[start:end] for token, (start, end) in spans if token == unknown)

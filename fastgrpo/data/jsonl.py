@@ -20,7 +20,7 @@ def read_jsonl(path: str, key: str) -> list[Row]:
 
 def _parse(line: bytes, index: int, place: str) -> Row:
     try:
-        values = json.loads(line.decode("utf-8-sig"))
+        values = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         raise UserError(f"{place} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:

@@ -51,7 +51,7 @@ class Renderer:
 
 def _check_messages(prompt: Any, column: str) -> None:
     if not isinstance(prompt, list):
-        raise UserError(f"{column} holds a {type(prompt).__name__} ({prompt!r:.60}); give a text or a list of messages")
+        raise UserError(f"{column} is {prompt!r:.60}; give a text or a list of messages")
     if not prompt:
         raise UserError(f"{column} is an empty list of messages; give a prompt or remove the row")
     for number, message in enumerate(prompt):
