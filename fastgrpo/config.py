@@ -158,7 +158,8 @@ class AlgorithmConfig:
     min_std: float = 0.0
     """A floor under the std, so that a nearly constant reward does not explode the advantages."""
     aggregation: str = "sequence_mean"
-    """sequence_mean 1/(S*|o_i|) (GRPO) | token_mean 1/sum of tokens (DAPO) | constant 1/(S*max_new_tokens) (Dr.GRPO)."""
+    """sequence_mean 1/(S*|o_i|) (GRPO) | token_mean 1/sum of tokens (DAPO) |
+    constant 1/(S*max_new_tokens) (Dr.GRPO)."""
     surrogate: str = "clip"
     """clip | cispo | sapo | reinforce."""
     ratio_level: str = "token"

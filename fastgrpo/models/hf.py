@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from fastgrpo.config import UserError
 
@@ -39,6 +40,7 @@ def _attention(
 
 
 ATTENTION = "fastgrpo"
+hf_logging.disable_progress_bar()
 AttentionInterface.register(ATTENTION, _attention)
 
 
@@ -47,11 +49,6 @@ def hidden_states(model: nn.Module, token_ids: Tensor, position_ids: Tensor, att
     # Any other attention would ignore `attend` and quietly let completions see each other.
     assert model.config._attn_implementation == ATTENTION, model.config._attn_implementation
     return model.model(input_ids=token_ids, position_ids=position_ids, use_cache=False, attend=attend).last_hidden_state
-
-
-def context_length(model: nn.Module) -> int:
-    """The longest sequence the model's positions were made for."""
-    return model.config.max_position_embeddings
 
 
 def _check_supported(config: Any, path: str) -> None:
@@ -81,19 +78,27 @@ def _local_or_hub(key: str, path: str) -> str:
     return path
 
 
+def load_config(path: str) -> Any:
+    """The configuration of a model that fastgrpo can run. Raises UserError as load_model does."""
+    source = _local_or_hub("model.path", path)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
+    _check_supported(config, path)
+    return config
+
+
 def load_model(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
     """The causal language model of a local directory or hub name, ready for `attend`.
 
     Raises UserError, naming model.path, where it is no model, cannot be read, or is of a type that is not supported.
     """
+    config = load_config(path)
     source = _local_or_hub("model.path", path)
     try:
-        config = AutoConfig.from_pretrained(source)
-        _check_supported(config, path)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=ATTENTION)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
     return model.to(device)
 

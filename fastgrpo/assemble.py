@@ -1,0 +1,235 @@
+"""From a configuration to everything the loop works with."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgrpo.checkpoint import Checkpoint, Checkpoints, open_checkpoint
+from fastgrpo.config import Config, UserError
+from fastgrpo.console import Console
+from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
+from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.metrics import Ledger, MetricsLog
+from fastgrpo.models import hf, tiny
+from fastgrpo.rewards.scoring import Rewards
+from fastgrpo.sampler.torch_sampler import TorchSampler
+from fastgrpo.trainer import Run
+from fastgrpo.types import SamplingParams
+from fastgrpo.warm_start import cached_path, store, warm_start
+
+QUICKSTART_CONTEXT = 256
+
+
+def objective_of(config: Config) -> Objective:
+    """The configured objective. Raises UserError where a value is out of range."""
+    algorithm = config.algorithm
+    try:
+        return Objective(
+            surrogate=algorithm.surrogate,
+            ratio_level=algorithm.ratio_level,
+            clip_ratio_low=algorithm.clip_ratio_low,
+            clip_ratio_high=algorithm.clip_ratio_high,
+            dual_clip=algorithm.dual_clip,
+            sapo_tau_pos=algorithm.sapo_tau_pos,
+            sapo_tau_neg=algorithm.sapo_tau_neg,
+            kl_coef=algorithm.kl_coef,
+            kl_estimator=algorithm.kl_estimator,
+            kl_times_ratio=algorithm.kl_times_ratio,
+            entropy_coef=algorithm.entropy_coef,
+            temperature=config.sampling.temperature,
+        )
+    except ValueError as error:
+        raise UserError(str(error).replace("Objective.", "algorithm.")) from None
+
+
+def device_of(config: Config) -> tuple[str, torch.dtype]:
+    """Where the model lives and in what type."""
+    name = config.cluster.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"cluster.device={name}: this machine has no CUDA device; use cpu or auto")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtypes["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
+    return device, dtypes[config.cluster.dtype]
+
+
+def set_up_torch(config: Config) -> None:
+    """Threads and determinism, for the whole process."""
+    if config.cluster.num_threads is not None:
+        torch.set_num_threads(config.cluster.num_threads)
+    if config.deterministic and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def load_policy(config: Config, notify: Callable[[str], None]) -> tuple[nn.Module, Any, PromptSets]:
+    """The model, its tokenizer and the prompts.
+
+    Raises UserError for what is wrong with any of them; the data is read before the weights, because it is faster.
+    """
+    device, dtype = device_of(config)
+    if config.model.path is None:
+        tokenizer = tiny.character_tokenizer(ALPHABET)
+        prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_prompt_tokens=QUICKSTART_CONTEXT // 2)
+        return _quickstart_model(config, tokenizer, prompts, notify).to(device, dtype), tokenizer, prompts
+    key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
+    tokenizer = hf.load_tokenizer(config.model.tokenizer_path or config.model.path, key)
+    context = hf.load_config(config.model.path).max_position_embeddings
+    room = context - config.sampling.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens}: the model's context of {context} tokens leaves "
+            "no room for a prompt; lower it"
+        )
+    prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_prompt_tokens=room)
+    return hf.load_model(config.model.path, device=device, dtype=dtype), tokenizer, prompts
+
+
+def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> nn.Module:
+    path = cached_path(config, ALPHABET)
+    if not path.is_dir():
+        model = tiny.build_model(config.model, tokenizer, max_length=QUICKSTART_CONTEXT, seed=config.seed)
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        notify(
+            f"building a {size:.1f}M-parameter model and warm-starting it on worked {config.data.operation} problems"
+        )
+        warm_start(model, tokenizer, prompts.train, config.model.warm_start, seed=config.seed, report=notify)
+        store(model, tokenizer, path)
+    notify(f"starting from the warm-started model in {path}")
+    # Read back even when just made: a run never depends on whether the cache was there.
+    return hf.load_model(str(path), device="cpu", dtype=torch.float32)
+
+
+@contextmanager
+def assemble(
+    config: Config, reward: Callable[..., Any] | None = None, prompts: PromptSets | None = None
+) -> Iterator[Run]:
+    """Everything a run needs, closed again at the end, also after an error.
+
+    reward: a function in place of reward.path. Raises UserError for whatever the user can mend.
+    """
+    run_dir = Path(config.run.dir).expanduser()
+    objective = objective_of(config)
+    set_up_torch(config)
+    with ExitStack() as stack:
+        ledger = Ledger(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
+        console = Console(config.run.console, num_steps=config.train.num_steps, activity=lambda: ledger.part)
+        checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
+        checkpoint = find_checkpoint(config, checkpoints, console.message)
+        model, tokenizer, prompts = load_policy(config, console.message)
+        sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
+        rewards = stack.enter_context(Rewards(config.reward, reward))
+        rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
+        reference = copy.deepcopy(model) if objective.kl_coef > 0 else None
+        if config.learner.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        train = config.train
+        updates = train.num_steps * train.updates_per_rollout * train.num_minibatches
+        learner = TorchLearner(model, train, num_updates=updates, reference=reference)
+        stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
+        state = {"step": 0, "num_nonfinite": 0}
+        if checkpoint is not None:
+            learner_state, state = checkpoint.load()
+            learner.load_state_dict(learner_state)
+            stream.load_state_dict(state["stream"])
+            console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
+        log = MetricsLog(
+            run_dir,
+            config.run.trackers,
+            resume_step=state["step"] if checkpoint else _fresh_start(config, run_dir),
+            run_name=config.run.name,
+            config=asdict(config),
+            notify=console.message,
+        )
+        stack.enter_context(log)
+        console.banner(config.run.name, batch_algebra(config, prompts, model))
+        stack.enter_context(console)
+        yield Run(
+            config=config,
+            run_dir=run_dir,
+            objective=objective,
+            sampling=sampling,
+            stream=stream,
+            eval_prompts=prompts.eval,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            learner=learner,
+            sampler=TorchSampler(model, max_sequences=config.sampler.max_sequences),
+            rewards=rewards,
+            log=log,
+            console=console,
+            ledger=ledger,
+            checkpoints=checkpoints,
+            step=state["step"],
+            num_nonfinite=state["num_nonfinite"],
+            export=lambda path: hf.save_pretrained(model, tokenizer, path),
+        )
+
+
+def _fresh_start(config: Config, run_dir: Path) -> int | None:
+    """resume=auto on a run that was killed before its first checkpoint begins it anew; resume=no refuses its files."""
+    return -1 if config.resume != "no" else None
+
+
+def find_checkpoint(config: Config, checkpoints: Checkpoints, notify: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that config.resume asks for. Raises UserError where a path was given and holds none."""
+    if config.resume == "no":
+        return None
+    if config.resume == "auto":
+        return checkpoints.newest(notify)
+    path = Path(config.resume).expanduser()
+    if path.name.startswith("step-"):
+        return open_checkpoint(path)
+    found = Checkpoints(path, keep=1).newest(notify)
+    if found is None:
+        raise UserError(f"resume={config.resume}: no whole checkpoint there; give a run's directory, auto or no")
+    return found
+
+
+def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+    """What completions are drawn with; the model's own stop tokens where none are configured."""
+    sampling = config.sampling
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_new_tokens=sampling.max_new_tokens,
+        min_new_tokens=sampling.min_new_tokens,
+        stop_token_ids=stop_token_ids if sampling.stop_token_ids is None else tuple(sampling.stop_token_ids),
+    )
+
+
+def batch_algebra(config: Config, prompts: PromptSets, model: nn.Module) -> list[tuple[str, str]]:
+    """What a step does, in numbers."""
+    train, group_size = config.train, config.algorithm.group_size
+    sequences = train.prompts_per_step * group_size
+    longest = max(len(p.token_ids) for p in prompts.train) + config.sampling.max_new_tokens
+    num_params = sum(p.numel() for p in model.parameters())
+    num_updates = train.updates_per_rollout * train.num_minibatches
+    updates = f"{num_updates} update{'s' if num_updates > 1 else ''} of {sequences // train.num_minibatches}"
+    parameter = next(model.parameters())
+    dropped = f", {prompts.num_dropped} too long and dropped" if prompts.num_dropped else ""
+    duplicates = f", {prompts.num_duplicates} repeat a held-out one and are left out" if prompts.num_duplicates else ""
+    return [
+        (
+            "model",
+            f"{model.config.model_type}, {num_params / 1e6:.1f}M parameters, {parameter.dtype} on {parameter.device}",
+        ),
+        ("data", f"{len(prompts.train)} prompts to train on, {len(prompts.eval)} held out{dropped}{duplicates}"),
+        ("a step", f"{train.prompts_per_step} prompts x {group_size} completions = {sequences} sequences"),
+        (
+            "",
+            f"of up to {longest} tokens, {updates}",
+        ),
+        ("micro-batch", f"up to {config.learner.max_tokens_per_microbatch} packed tokens"),
+        ("run", f"{train.num_steps} steps, written to {config.run.dir}"),
+    ]

@@ -1,0 +1,87 @@
+"""Held-out accuracy of the current policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastgrpo.metrics import Sample
+from fastgrpo.rewards.scoring import Rewards
+from fastgrpo.sampler.protocol import Sampler
+from fastgrpo.types import Prompt, SamplingParams, ScoredGroup
+
+NUM_SHOWN = 8
+CORRECT = 1.0
+"""A completion is right where the first reward function gives it at least this."""
+
+
+def evaluate(
+    sampler: Sampler,
+    rewards: Rewards,
+    prompts: list[Prompt],
+    params: SamplingParams,
+    decode: Callable[[Tensor], str],
+    *,
+    num_samples: int,
+    seed: int,
+    step: int,
+) -> tuple[dict[str, float], list[Sample]]:
+    """eval/accuracy (mean over all samples), eval/reward, eval/response_length, eval/truncated_fraction, and with
+    several samples a prompt eval/pass@k; and some completions to show. The same seed draws the same samples."""
+    groups = rewards.score(sampler.generate(prompts, num_samples, params, seed), decode).groups
+    right = torch.stack([correct(group) for group in groups])  # (prompts, samples)
+    rollouts = [rollout for group in groups for rollout in group.group.rollouts]
+    metrics = {
+        "eval/accuracy": right.float().mean().item(),
+        "eval/reward": torch.cat([group.rewards for group in groups]).mean().item(),
+        "eval/response_length": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
+        "eval/truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }
+    k = 2
+    while k <= num_samples:
+        metrics[f"eval/pass@{k}"] = pass_at(right, k)
+        k *= 2
+    shown = [sample for group in groups[:NUM_SHOWN] for sample in samples_of(group, decode, step, "eval")[:1]]
+    return metrics, shown
+
+
+def correct(group: ScoredGroup) -> Tensor:
+    """(G,) bool."""
+    first = next(iter(group.reward_terms.values())) if group.reward_terms else group.rewards
+    return first >= CORRECT
+
+
+def pass_at(right: Tensor, k: int) -> float:
+    """The unbiased estimate of the chance that one of k samples is right, from n >= k of them.
+
+    right: (prompts, n) bool. Source: arXiv 2107.03374, section 2.1.
+    """
+    n = right.shape[1]
+    wrong = n - right.sum(1)  # (prompts,)
+    none_right = torch.ones(len(wrong), dtype=torch.float64)
+    for i in range(k):  # C(wrong, k) / C(n, k), factor by factor
+        none_right *= (wrong - i).clamp(min=0) / (n - i)
+    return (1.0 - none_right).mean().item()
+
+
+def samples_of(group: ScoredGroup, decode: Callable[[Tensor], str], step: int, kind) -> list[Sample]:
+    """A group's completions, for people to read."""
+    right, prompt = correct(group), group.group.prompt
+    outcome = isinstance(group.advantages, Tensor)
+    return [
+        Sample(
+            step=step,
+            kind=kind,
+            prompt_id=prompt.prompt_id,
+            prompt=prompt.text,
+            completion=decode(rollout.token_ids),
+            answer=prompt.answer,
+            reward=float(group.rewards[i]),
+            advantage=float(group.advantages[i]) if outcome else None,  # type: ignore[index]
+            finish_reason=rollout.finish_reason,
+            correct=bool(right[i]),
+        )
+        for i, rollout in enumerate(group.group.rollouts)
+    ]

@@ -1,0 +1,150 @@
+"""The command line: `fastgrpo train|eval|report KEY=VALUE ...`.
+
+Each command is a Hydra application. What the user can mend ends in one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastgrpo.config import Config, UserError
+
+RUNS = Path("runs")
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 2 a mistake of the user's, 128 + signal where one stopped it."""
+    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate, "report": report}
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("--help", "-h"):
+        print(f"usage: fastgrpo {'|'.join(commands)} [KEY=VALUE ...]\n\n`fastgrpo train --help` lists every key.")
+        sys.exit(0)
+    if command not in commands:
+        fail(f"{command!r} is no command; use one of {', '.join(commands)}")
+    try:
+        sys.exit(commands[command](arguments))
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> NoReturn:
+    print(f"fastgrpo: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def train(arguments: list[str]) -> int:
+    """Train a policy; see `fastgrpo train --help`."""
+    return run_hydra("train", with_run_dir(with_shorthands(arguments)), _train)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure a policy on the held-out questions."""
+    return run_hydra("eval", with_shorthands(arguments), _evaluate)
+
+
+def report(arguments: list[str]) -> int:
+    """Write report.html of a run again: `fastgrpo report [run.dir=PATH]`."""
+    from fastgrpo.report import write_report
+
+    directory = Path(value_of(arguments, "run.dir") or RUNS / "latest")
+    if not (directory / "metrics.jsonl").is_file():
+        raise UserError(f"run.dir={directory}: no metrics.jsonl there; give a run's directory")
+    print(write_report(directory))
+    return 0
+
+
+def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int]) -> int:
+    """Compose conf/<name>.yaml with the arguments and call the task with the dataclasses and their YAML."""
+    if any(argument in ("--help", "-h") for argument in arguments):
+        from fastgrpo import help as help_page
+
+        print(help_page.text(name))
+        return 0
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fastgrpo.hydra_errors import explain
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    codes = []
+
+    def job(composed: Any) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN and value_of(arguments, "run.dir") is None:
+            composed.run.dir = HydraConfig.get().runtime.output_dir
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise UserError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
+        text = OmegaConf.to_yaml(composed, resolve=True)
+        codes.append(task(OmegaConf.to_object(composed), text))  # type: ignore[arg-type]
+
+    # Hydra would print its own traceback and exit with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [f"fastgrpo {name}", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name=name)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None
+    return max(codes, default=0)
+
+
+def _train(config: Config, text: str) -> int:
+    from fastgrpo.run import run
+
+    signum = run(config, text)
+    return 128 + signum if signum else 0
+
+
+def _evaluate(config: Config, text: str) -> int:
+    from fastgrpo.run import evaluate_only
+
+    for name, value in evaluate_only(config).items():
+        print(f"{name:<24}{value:.4f}")
+    return 0
+
+
+def value_of(arguments: list[str], key: str) -> str | None:
+    """The value that the arguments give a key, or None."""
+    for argument in reversed(arguments):
+        if argument.lstrip("+").startswith(f"{key}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def with_shorthands(arguments: list[str]) -> list[str]:
+    """`model.path=X` selects model=hf, and `data.path=FILE.jsonl` selects data=jsonl, where nothing else is chosen.
+
+    So the defaults that suit the quickstart never meet a real model.
+    """
+    added = []
+    path = value_of(arguments, "model.path")
+    if path not in (None, "null") and value_of(arguments, "model") is None:
+        added.append("model=hf")
+    suffix = Path(value_of(arguments, "data.path") or "").suffix
+    if suffix in (".jsonl", ".parquet") and value_of(arguments, "data") is None:
+        added.append(f"data={suffix[1:]}")
+    return [*added, *arguments]
+
+
+def with_run_dir(arguments: list[str]) -> list[str]:
+    """resume=auto without a run.dir goes on in runs/latest, and resume=PATH in the run that the path belongs to."""
+    resume = value_of(arguments, "resume")
+    if resume in (None, "no") or value_of(arguments, "run.dir") is not None:
+        return arguments
+    if resume == "auto":
+        latest = RUNS / "latest"
+        return [*arguments, f"run.dir={latest.resolve()}"] if latest.is_dir() else arguments
+    path = Path(str(resume)).expanduser()
+    owner = path.parent.parent if path.name.startswith("step-") else path
+    return [*arguments, f"run.dir={owner}"]

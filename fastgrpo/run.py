@@ -1,0 +1,85 @@
+"""A run from its configuration to its report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.config import Config, UserError
+from fastgrpo.validate import validate
+
+
+def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> int | None:
+    """Train, export and report. Returns the signal that stopped the run early, or None.
+
+    text: the resolved configuration as YAML, kept as run.dir/config.yaml. Raises UserError for what the user can mend.
+    """
+    warnings = validate(config)
+    from fastgrpo.assemble import assemble
+    from fastgrpo.report import write_report
+    from fastgrpo.signals import StopRequest
+    from fastgrpo.trainer import train
+
+    run_dir = Path(config.run.dir).expanduser()
+    _claim(run_dir, config)
+    with assemble(config, reward) as parts:
+        for warning in warnings:
+            parts.console.message(f"warning: {warning}")
+        (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+        with StopRequest(parts.console.message) as stop:
+            train(parts, stop)
+        if stop.signum is None and config.checkpoint.export:
+            parts.export(run_dir / "hf")
+        page = write_report(run_dir)
+        if stop.signum is None:
+            parts.console.message(f"done: the policy is in {run_dir / 'hf'}, the report in {page}")
+        else:
+            parts.console.message(f"stopped after step {parts.step}, saved; go on with run.dir={run_dir} resume=auto")
+    return stop.signum
+
+
+def evaluate_only(config: Config) -> dict[str, float]:
+    """Held-out metrics of model.path. Raises UserError for what the user can mend."""
+    validate(config)
+    from fastgrpo.assemble import load_policy, sampling_params
+    from fastgrpo.evaluate import evaluate
+    from fastgrpo.models import hf
+    from fastgrpo.rewards.scoring import Rewards
+    from fastgrpo.sampler.torch_sampler import TorchSampler
+
+    model, tokenizer, prompts = load_policy(config, print)
+    params = sampling_params(config, hf.stop_token_ids(model, tokenizer))
+    limit = config.eval.max_new_tokens or params.max_new_tokens
+    with Rewards(config.reward) as rewards:
+        metrics, _ = evaluate(
+            TorchSampler(model, max_sequences=config.sampler.max_sequences),
+            rewards,
+            prompts.eval[: config.eval.num_prompts],
+            replace(params, temperature=config.eval.temperature, max_new_tokens=limit),
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            num_samples=config.eval.num_samples,
+            seed=config.seed,
+            step=0,
+        )
+    return metrics
+
+
+def _claim(run_dir: Path, config: Config) -> None:
+    """Make the run's directory and point runs/latest to it."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise UserError(f"run.dir={config.run.dir}: cannot be written: {error}; choose another") from error
+    if config.resume == "no" and (run_dir / "metrics.jsonl").exists():
+        raise UserError(f"run.dir={config.run.dir} holds a run already: set resume=auto or another run.dir")
+    runs = Path("runs").resolve()
+    if runs in run_dir.resolve().parents:
+        link, fresh = runs / "latest", runs / ".latest"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(run_dir.resolve().relative_to(runs))
+        fresh.replace(link)

@@ -1,0 +1,34 @@
+"""Ctrl-C and SIGTERM end a run after the step they arrive in; a second one ends it at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+
+class StopRequest:
+    """A context manager; `signum` is the signal that asked the run to stop, or None."""
+
+    def __init__(self, notify: Callable[[str], object]) -> None:
+        self.signum: int | None = None
+        self._notify = notify
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        try:
+            self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, as in some notebooks: signals stay the caller's
+            self._previous = {}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+        name = signal.Signals(signum).name
+        self._notify(f"{name}: finishing this step and saving; once more stops at once, without saving")

@@ -1,0 +1,47 @@
+"""A step's rollouts and updates as numbers for metrics.jsonl."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgrpo.algorithms.advantages import is_constant
+from fastgrpo.types import ScoredGroup, StepResult
+
+
+def of_rewards(groups: list[ScoredGroup], reward_metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Rewards, lengths and groups of all that was sampled in a step; counts add up over rounds of resampling.
+
+    tokens: prompt and completion tokens of every sequence, as if no prompt were shared, which is how peers count.
+    """
+    row: dict[str, float] = {}
+    for metrics in reward_metrics:
+        for name, value in metrics.items():
+            row[name] = row.get(name, 0.0) + value if name.endswith(("_count", "_groups")) else value
+    row["groups/sampled"] = len(groups)
+    if not groups:
+        return row
+    rewards = torch.cat([group.rewards for group in groups])
+    rollouts = [rollout for group in groups for rollout in group.group.rollouts]
+    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], dtype=torch.float32)
+    prompt_tokens = sum(len(group.group.prompt.token_ids) * len(group.group.rollouts) for group in groups)
+    return {
+        **row,
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(correction=0).item(),
+        "groups/constant_fraction": sum(is_constant(group.rewards) for group in groups) / len(groups),
+        "response_length/mean": lengths.mean().item(),
+        "response_length/min": lengths.min().item(),
+        "response_length/max": lengths.max().item(),
+        "truncated_fraction": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+        "tokens": prompt_tokens + int(lengths.sum()),
+    }
+
+
+def of_updates(results: list[StepResult]) -> dict[str, float]:
+    """The mean over a step's updates; `updates/skipped` counts those that a non-finite value cancelled."""
+    row: dict[str, float] = {"updates/skipped": sum(result.skipped for result in results)}
+    if not results:
+        return row
+    rows = [{**result.metrics, "loss": result.loss, "grad_norm": result.grad_norm} for result in results]
+    means = {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
+    return {**row, **means, "policy_version": results[-1].policy_version}

@@ -1,0 +1,240 @@
+"""Group relative policy optimization, Algorithm 1 of DeepSeekMath (arXiv 2402.03300): `train` is the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo import stats, weights
+from fastgrpo.algorithms.advantages import compare, is_constant, soften_overlong, token_advantages
+from fastgrpo.algorithms.aggregation import token_weights
+from fastgrpo.algorithms.importance import importance_weights
+from fastgrpo.algorithms.reference import policy_share
+from fastgrpo.checkpoint import Checkpoints
+from fastgrpo.config import Config, UserError
+from fastgrpo.console import Console
+from fastgrpo.data import PromptStream, packing
+from fastgrpo.evaluate import evaluate, samples_of
+from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.protocol import Learner
+from fastgrpo.metrics import Ledger, MetricsLog
+from fastgrpo.rewards.scoring import Rewards
+from fastgrpo.sampler.protocol import Sampler
+from fastgrpo.seeding import derive_seed
+from fastgrpo.signals import StopRequest
+from fastgrpo.types import PackedBatch, Prompt, SamplingParams, ScoredGroup, StepResult
+
+NUM_SHOWN_GROUPS = 2
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything the loop works with; fastgrpo/assemble.py makes one from a configuration."""
+
+    config: Config
+    run_dir: Path
+    objective: Objective
+    sampling: SamplingParams
+    stream: PromptStream
+    eval_prompts: list[Prompt]
+    decode: Callable[[Tensor], str]
+    learner: Learner
+    sampler: Sampler
+    rewards: Rewards
+    log: MetricsLog
+    console: Console
+    ledger: Ledger
+    checkpoints: Checkpoints
+    export: Callable[[Path], None]
+    """Writes the policy as a Hugging Face directory."""
+    step: int = 0
+    """The last step that is done."""
+    num_nonfinite: int = 0
+    """Updates skipped in a row."""
+
+
+def train(run: Run, stop: StopRequest) -> None:
+    """Train from run.step on to the configured number of steps, or until asked to stop; then everything is saved."""
+    config = run.config
+    weights.share(run.learner, run.sampler)
+    if run.step == 0:
+        record(run, evaluate_if_due(run), last=False)
+    while run.step < config.train.num_steps and stop.signum is None:
+        run.step += 1
+        groups, row = collect(run)  # sample, reward
+        groups = relate(run, groups)  # advantages
+        row |= improve(run, groups)  # mu passes of clipped updates
+        run.learner.move_reference(policy_share(config.algorithm.reference, run.step))
+        with run.ledger("share"):
+            weights.share(run.learner, run.sampler)
+        row |= evaluate_if_due(run)
+        run.log.write_samples(
+            [s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.decode, run.step, "train")]
+        )
+        record(run, row, last=run.step == config.train.num_steps or stop.signum is not None)
+
+
+def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
+    """Sample and score this step's groups; with dynamic sampling, until enough of them have something to compare."""
+    config, wanted = run.config.algorithm, run.config.train.prompts_per_step
+    groups: list[ScoredGroup] = []
+    sampled: list[ScoredGroup] = []
+    reward_metrics: list[dict[str, float]] = []
+    for attempt in range(1 + config.max_resamples * config.dynamic_sampling):
+        prompts = run.stream.take(wanted - len(groups))
+        with run.ledger("generate"):
+            seed = derive_seed(run.config.seed, "rollout", run.step, attempt)
+            drawn = run.sampler.generate(prompts, config.group_size, run.sampling, seed)
+        with run.ledger("reward"):
+            result = run.rewards.score(drawn, run.decode)
+        sampled += result.groups
+        reward_metrics.append(result.metrics)
+        groups += [g for g in result.groups if not (config.dynamic_sampling and is_constant(g.rewards))]
+        if len(groups) == wanted or not config.dynamic_sampling:
+            break
+    return groups, {**stats.of_rewards(sampled, reward_metrics), "groups/used": len(groups)}
+
+
+def relate(run: Run, groups: list[ScoredGroup]) -> list[ScoredGroup]:
+    """The groups with advantages, after the overlong punishment where it is configured."""
+    config = run.config.algorithm
+    if config.overlong_buffer:
+        shape: dict[str, Any] = {
+            "max_new_tokens": run.sampling.max_new_tokens,
+            "buffer": config.overlong_buffer,
+            "penalty": config.overlong_penalty,
+        }
+        groups = [replace(g, rewards=soften_overlong(g.rewards, g.group, **shape)) for g in groups]
+    return compare(groups, config)
+
+
+def improve(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
+    """mu passes over the step's groups, one optimizer update a mini-batch."""
+    config = run.config.train
+    per_minibatch = -(-max(1, len(groups)) // config.num_minibatches)
+    chunks = [groups[i : i + per_minibatch] for i in range(0, len(groups), per_minibatch)]
+    with run.ledger("logprobs"):
+        minibatches = [[annotate(run, batch) for batch in lay_out(run, chunk)] for chunk in chunks]
+    results: list[StepResult] = []
+    with run.ledger("update"):
+        for _ in range(config.updates_per_rollout):
+            for minibatch in minibatches:
+                if minibatch:  # nothing carries loss where every completion is masked
+                    results.append(run.learner.update(minibatch, run.objective))
+                    refuse_divergence(run, results[-1], minibatch)
+    return stats.of_updates(results)
+
+
+def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch]:
+    """One mini-batch as micro-batches: token weights from its global counts, then packed within the token budget."""
+    config = run.config
+    rollouts = [rollout for group in groups for rollout in group.group.rollouts]
+    cut = config.algorithm.mask_truncated
+    masks = [r.loss_mask & (not (cut and r.finish_reason == "length")) for r in rollouts]
+    weights_of = token_weights(masks, config.algorithm.aggregation, max_new_tokens=run.sampling.max_new_tokens)
+    members = [(number, group, i) for number, group in enumerate(groups) for i in range(len(group.rewards))]
+    sequences = [
+        packing.Sequence(
+            sequence_id=sequence_id,
+            group_id=number,
+            prompt_ids=group.group.prompt.token_ids,
+            token_ids=group.group.rollouts[i].token_ids,
+            advantages=token_advantages(group, i),
+            token_weights=weights_of[sequence_id],
+            sampler_logprobs=group.group.rollouts[i].sampler_logprobs,
+        )
+        for sequence_id, (number, group, i) in enumerate(members)
+    ]
+    budget = config.learner.max_tokens_per_microbatch
+    return packing.pack(sequences, max_tokens=budget, share_prompts=config.learner.share_prompts)
+
+
+def annotate(run: Run, batch: PackedBatch) -> PackedBatch:
+    """The batch with the logprobs that its objective needs from before the update, and no forward pass more.
+
+    On-policy the current logprobs are the old ones, so only a reference or an importance weight costs a pass.
+    """
+    train, algorithm, temperature = run.config.train, run.config.algorithm, run.objective.temperature
+    on_policy = train.updates_per_rollout * train.num_minibatches == 1
+    correct = algorithm.importance_level != "none"
+    if not on_policy or correct:
+        batch = replace(batch, old_logprobs=run.learner.logprobs(batch, temperature=temperature))
+    if correct:
+        assert batch.old_logprobs is not None
+        level, cap = algorithm.importance_level, algorithm.importance_cap
+        weight = importance_weights(batch.old_logprobs, batch.sampler_logprobs, batch.cu_scored, level=level, cap=cap)
+        batch = replace(batch, importance_weights=weight)
+    if run.objective.kl_coef > 0:
+        reference = run.learner.logprobs(batch, temperature=temperature, reference=True)
+        batch = replace(batch, ref_logprobs=reference)
+    return batch
+
+
+def refuse_divergence(run: Run, result: StepResult, batches: Sequence[PackedBatch]) -> None:
+    """Count skipped updates; after max_nonfinite_updates in a row save the batch and stop.
+
+    Raises UserError naming the file.
+    """
+    run.num_nonfinite = run.num_nonfinite + 1 if result.skipped else 0
+    if not result.skipped:
+        return
+    limit = run.config.train.max_nonfinite_updates
+    run.console.message(f"step {run.step}: non-finite loss or gradient, update skipped ({run.num_nonfinite} in a row)")
+    if run.num_nonfinite >= limit:
+        path = run.run_dir / f"nonfinite-step-{run.step:06d}.pt"
+        torch.save([vars(batch) for batch in batches], path)
+        raise UserError(
+            f"step {run.step}: {limit} updates in a row had a non-finite loss or gradient "
+            f"(train.max_nonfinite_updates={limit}); the last batch is in {path}; "
+            "lower train.learning_rate, then go on with resume=auto"
+        )
+
+
+def evaluate_if_due(run: Run) -> dict[str, float]:
+    """Held-out metrics at step 0, every eval.every steps and at the end; empty otherwise."""
+    config, step = run.config.eval, run.step
+    if config.every == 0 or not run.eval_prompts or (step % config.every and step != run.config.train.num_steps):
+        return {}
+    params = replace(
+        run.sampling,
+        temperature=config.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=config.max_new_tokens or run.sampling.max_new_tokens,
+    )
+    with run.ledger("eval"):
+        seed = derive_seed(run.config.seed, "eval")
+        metrics, shown = evaluate(
+            run.sampler,
+            run.rewards,
+            run.eval_prompts[: config.num_prompts],
+            params,
+            run.decode,
+            num_samples=config.num_samples,
+            seed=seed,
+            step=step,
+        )
+    run.log.write_samples(shown)
+    return metrics
+
+
+def record(run: Run, row: dict[str, float], *, last: bool) -> None:
+    """Save where it is due and write the step's row, in the order that a kill at any moment survives."""
+    every, prepared = run.config.checkpoint.every, None
+    if run.step and (last or (every and run.step % every == 0)):
+        with run.ledger("checkpoint"):
+            state = {"stream": run.stream.state_dict(), "num_nonfinite": run.num_nonfinite}
+            prepared = run.checkpoints.prepare(run.step, run.learner.state_dict(), state)
+    row = {"step": run.step, **row, **run.ledger.step()}
+    if "tokens" in row:
+        row["tokens_per_second"] = row["tokens"] / row["time/total_s"]
+    run.log.write(row)
+    if prepared is not None:
+        # Only now: a checkpoint that is visible has its step's row in metrics.jsonl.
+        run.checkpoints.publish(prepared)
+    run.console.step(row)

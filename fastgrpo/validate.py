@@ -1,0 +1,179 @@
+"""Impossible configurations, refused before anything loads: one line with the key, the value and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.config import Config, UserError
+
+
+def validate(config: Config) -> list[str]:
+    """Raise UserError for what cannot run; return warnings for what can but should make one think."""
+    _choices(config)
+    _ranges(config)
+    _combinations(config)
+    _places(config)
+    return _warnings(config)
+
+
+def refuse(key: str, value: Any, mend: str) -> None:
+    raise UserError(f"{key}={_shown(value)}: {mend}")
+
+
+def _shown(value: Any) -> Any:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+
+
+def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        refuse(key, value, f"choose one of {', '.join(choices)}")
+
+
+def _choices(config: Config) -> None:
+    algorithm = config.algorithm
+    _one_of("algorithm.advantage", algorithm.advantage, ("std", "mean", "leave_one_out", "process"))
+    _one_of("algorithm.aggregation", algorithm.aggregation, ("sequence_mean", "token_mean", "constant"))
+    _one_of("algorithm.importance_level", algorithm.importance_level, ("none", "token", "sequence"))
+    _one_of("algorithm.reference.schedule", algorithm.reference.schedule, ("fixed", "refresh", "ema"))
+    _one_of("train.lr_schedule", config.train.lr_schedule, ("constant", "linear", "cosine"))
+    _one_of("learner.kind", config.learner.kind, ("torch",))
+    _one_of("sampler.kind", config.sampler.kind, ("torch",))
+    _one_of("cluster.dtype", config.cluster.dtype, ("auto", "float32", "bfloat16"))
+    _one_of("run.console", config.run.console, ("auto", "live", "plain", "none"))
+    if config.cluster.device not in ("auto", "cpu", "cuda") and not config.cluster.device.startswith("cuda:"):
+        refuse("cluster.device", config.cluster.device, "choose auto, cpu, cuda or cuda:N")
+
+
+_AT_LEAST: dict[str, float] = {
+    "algorithm.group_size": 1,
+    "algorithm.std_ddof": 0,
+    "algorithm.min_std": 0,
+    "algorithm.overlong_buffer": 0,
+    "algorithm.overlong_penalty": 0,
+    "algorithm.max_resamples": 1,
+    "algorithm.reference.refresh_every": 1,
+    "sampling.temperature": 0,
+    "sampling.top_k": 0,
+    "sampling.max_new_tokens": 1,
+    "sampling.min_new_tokens": 0,
+    "train.num_steps": 0,
+    "train.prompts_per_step": 1,
+    "train.updates_per_rollout": 1,
+    "train.num_minibatches": 1,
+    "train.learning_rate": 0,
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0,
+    "train.max_nonfinite_updates": 1,
+    "learner.max_tokens_per_microbatch": 1,
+    "sampler.max_sequences": 1,
+    "data.eval_size": 0,
+    "eval.every": 0,
+    "eval.num_samples": 1,
+    "eval.temperature": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "model.warm_start.batch_size": 1,
+}
+_ABOVE_ZERO = (
+    "sampling.top_p",
+    "train.max_grad_norm",
+    "train.adam_eps",
+    "algorithm.importance_cap",
+    "reward.timeout_s",
+)
+_SHARES = (
+    "sampling.top_p",
+    "train.adam_beta1",
+    "train.adam_beta2",
+    "train.min_lr_ratio",
+    "algorithm.reference.ema_decay",
+    "model.warm_start.target_accuracy",
+)
+
+
+def _get(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _ranges(config: Config) -> None:
+    for key, least in _AT_LEAST.items():
+        if not _get(config, key) >= least:
+            refuse(key, _get(config, key), f"use a value of at least {least}")
+    for key in _ABOVE_ZERO:
+        if not _get(config, key) > 0:
+            refuse(key, _get(config, key), "use a value above 0")
+    for key in _SHARES:
+        if not 0 <= _get(config, key) <= 1:
+            refuse(key, _get(config, key), "use a value between 0 and 1")
+
+
+def _combinations(config: Config) -> None:
+    algorithm, train, sampling = config.algorithm, config.train, config.sampling
+    if sampling.temperature == 0:
+        refuse("sampling.temperature", 0, "greedy completions are all equal; use a value above 0 (eval may be greedy)")
+    if algorithm.group_size == 1 and algorithm.advantage in ("std", "mean", "leave_one_out"):
+        refuse(
+            "algorithm.group_size",
+            1,
+            f"advantage={algorithm.advantage} compares a completion with its siblings; use 2 or more",
+        )
+    if algorithm.advantage in ("std", "process") and algorithm.std_ddof >= algorithm.group_size:
+        refuse("algorithm.std_ddof", algorithm.std_ddof, f"use less than algorithm.group_size={algorithm.group_size}")
+    if train.prompts_per_step % train.num_minibatches:
+        refuse(
+            "train.prompts_per_step",
+            train.prompts_per_step,
+            f"not divisible by train.num_minibatches={train.num_minibatches}; change one of them",
+        )
+    if algorithm.importance_level != "none" and (
+        sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_new_tokens > 0
+    ):
+        refuse(
+            "algorithm.importance_level",
+            algorithm.importance_level,
+            "the sampler's probabilities are renormalised by top_p, top_k or min_new_tokens, so the weights would be "
+            "wrong; use sampling.top_p=1, sampling.top_k=0, sampling.min_new_tokens=0, or importance_level=none",
+        )
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        refuse("sampling.min_new_tokens", sampling.min_new_tokens, "use at most sampling.max_new_tokens")
+    if algorithm.overlong_buffer > sampling.max_new_tokens:
+        refuse("algorithm.overlong_buffer", algorithm.overlong_buffer, "use at most sampling.max_new_tokens")
+    if algorithm.kl_coef == 0 and algorithm.reference.schedule != "fixed":
+        refuse(
+            "algorithm.reference.schedule",
+            algorithm.reference.schedule,
+            "algorithm.kl_coef=0 has no reference; set kl_coef, or schedule=fixed",
+        )
+    if config.eval.num_samples > 1 and config.eval.temperature == 0:
+        refuse(
+            "eval.num_samples", config.eval.num_samples, "greedy samples are all equal; set eval.temperature above 0"
+        )
+    if config.model.path is None and config.data.source != "arithmetic":
+        refuse(
+            "model.path", None, f"data.source={config.data.source} needs a model; give a Hugging Face directory or name"
+        )
+
+
+def _places(config: Config) -> None:
+    """Files that must be there and folders that must be writable, found out before minutes are spent."""
+    for key in ("data.path", "data.eval_path"):
+        path = _get(config, key)
+        if path is not None and config.data.source in ("jsonl", "parquet") and not Path(path).expanduser().is_file():
+            refuse(key, path, "no such file")
+    if config.data.source in ("jsonl", "parquet", "hub") and config.data.path is None:
+        refuse("data.path", None, f"data.source={config.data.source} needs it")
+
+
+def _warnings(config: Config) -> list[str]:
+    algorithm = config.algorithm
+    warnings = []
+    if algorithm.advantage in ("std", "process") and algorithm.group_size < 4:
+        warnings.append(
+            f"algorithm.group_size={algorithm.group_size}: the standard deviation of fewer than 4 rewards is noise; "
+            "consider algorithm.advantage=mean or a larger group"
+        )
+    return warnings

@@ -1,0 +1,118 @@
+"""The quickstart's starting point: a tiny policy taught from worked solutions until it is right now and then.
+
+Supervised learning is REINFORCE with every advantage 1, so the learner's own update does it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastgrpo.algorithms.aggregation import token_weights
+from fastgrpo.config import Config, TrainConfig, UserError, WarmStartConfig
+from fastgrpo.data import PromptStream
+from fastgrpo.data.packing import Sequence, pack
+from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.models.hf import save_pretrained
+from fastgrpo.rewards.verifiable import exact_match
+from fastgrpo.sampler.torch_sampler import TorchSampler
+from fastgrpo.seeding import derive_seed
+from fastgrpo.types import Prompt, SamplingParams
+
+CHECK_EVERY = 10
+NUM_CHECKED = 256
+MAX_TOKENS = 8192
+
+
+def cached_path(config: Config, alphabet: str) -> Path:
+    """Where the warm-started model of this configuration is, or will be, kept."""
+    made_by = {
+        "model": asdict(config.model),
+        "operation": config.data.operation,
+        "num_digits": config.data.num_digits,
+        "num_problems": config.data.num_problems,
+        "seed": config.seed,
+        "alphabet": alphabet,
+        "version": 1,  # raise it when the recipe below changes
+    }
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.model.cache_dir).expanduser() / f"warm-start-{digest}"
+
+
+def warm_start(
+    model: nn.Module,
+    tokenizer,
+    prompts: list[Prompt],
+    config: WarmStartConfig,
+    *,
+    seed: int,
+    report: Callable[[str], None],
+) -> None:
+    """Teach `model` in place on the prompts' metadata["solution"] until it samples target_accuracy right answers.
+
+    Raises UserError where max_steps do not reach it.
+    """
+    rates = TrainConfig(learning_rate=config.learning_rate, warmup_steps=20, adam_beta2=0.99)
+    learner = TorchLearner(model, rates, num_updates=config.max_steps)
+    sampler = TorchSampler(model)
+    stream = PromptStream(prompts, seed=seed, shuffle=True)
+    solutions = {p.prompt_id: _solution_ids(tokenizer, p) for p in prompts}
+    params = SamplingParams(
+        max_new_tokens=max(map(len, solutions.values())) + 8, stop_token_ids=(tokenizer.eos_token_id,)
+    )
+    for step in range(1, config.max_steps + 1):
+        batch = _supervised(stream.take(config.batch_size), solutions)
+        learner.update(pack(batch, max_tokens=MAX_TOKENS, share_prompts=True), Objective(surrogate="reinforce"))
+        if step % CHECK_EVERY:
+            continue
+        groups = sampler.generate(prompts[:NUM_CHECKED], 1, params, derive_seed(seed, "warm start", step))
+        answers = [tokenizer.decode(g.rollouts[0].token_ids, skip_special_tokens=True) for g in groups]
+        right = [exact_match(text, g.prompt.answer) for text, g in zip(answers, groups, strict=True)]
+        accuracy = sum(right) / len(right)
+        report(f"warm start: step {step}, {accuracy:.0%} of sampled answers right")
+        if accuracy >= config.target_accuracy:
+            return
+    raise UserError(
+        f"model.warm_start.max_steps={config.max_steps}: the policy did not reach "
+        f"model.warm_start.target_accuracy={config.target_accuracy}; raise the steps, or lower the target"
+    )
+
+
+def _solution_ids(tokenizer, prompt: Prompt) -> torch.Tensor:
+    ids = tokenizer(prompt.metadata["solution"], add_special_tokens=False)["input_ids"]
+    return torch.tensor([*ids, tokenizer.eos_token_id])
+
+
+def _supervised(prompts: list[Prompt], solutions: dict[str, torch.Tensor]) -> list[Sequence]:
+    masks = [torch.ones(len(solutions[p.prompt_id]), dtype=torch.bool) for p in prompts]
+    weights = token_weights(masks, "token_mean", max_new_tokens=1)
+    return [
+        Sequence(
+            sequence_id=i,
+            group_id=i,
+            prompt_ids=prompt.token_ids,
+            token_ids=solutions[prompt.prompt_id],
+            advantages=torch.ones_like(weight),
+            token_weights=weight,
+            sampler_logprobs=torch.zeros_like(weight),
+        )
+        for i, (prompt, weight) in enumerate(zip(prompts, weights, strict=True))
+    ]
+
+
+def store(model: nn.Module, tokenizer, path: Path) -> None:
+    """Keep the model at `path`, whole or not at all."""
+    beside = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_pretrained(model, tokenizer, beside)
+    shutil.rmtree(path, ignore_errors=True)
+    beside.rename(path)
