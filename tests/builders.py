@@ -1,0 +1,91 @@
+"""Small models and groups that many tests build on."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from fastgrpo.models.hf import ATTENTION
+from fastgrpo.types import Prompt, Rollout, RolloutGroup, ScoredGroup
+
+CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+VOCABULARY = 61
+
+
+def make_model(kind: str = "qwen2", *, seed: int = 0, dtype=torch.float32, attention: str = ATTENTION, tied=False):
+    """A two-layer model with random weights, grouped-query attention, and biases that are not zero."""
+    from transformers import AutoModelForCausalLM
+
+    shape = CONFIGS[kind](
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            elif "embed" not in name:
+                parameter.data *= 4  # far from the near-uniform start, so that errors show
+    if dtype is torch.float64:
+        _widen_norms(model)
+    return model.to(dtype)
+
+
+def _widen_norms(model):
+    """transformers computes RMSNorm in float32 even for a float64 model, which would hide errors below 1e-7."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_rms_norm, module)
+
+
+def _rms_norm(module, x):
+    return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+
+
+def make_groups(shape: list[tuple[int, list[int]]], *, seed: int = 0) -> list[ScoredGroup]:
+    """Groups of (prompt length, completion lengths) with random tokens, advantages and sampler logprobs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int):
+        return torch.randint(2, VOCABULARY, (count,), generator=generator)
+
+    groups = []
+    for number, (prompt_length, lengths) in enumerate(shape):
+        prompt = Prompt(prompt_id=f"train/{number}", token_ids=tokens(prompt_length), text=f"question {number}")
+        rollouts = tuple(
+            Rollout(
+                prompt_id=prompt.prompt_id,
+                token_ids=tokens(length),
+                loss_mask=torch.ones(length, dtype=torch.bool),
+                sampler_logprobs=-torch.rand(length, generator=generator),
+                finish_reason="stop",
+                policy_version=0,
+            )
+            for length in lengths
+        )
+        rewards = torch.rand(len(lengths), generator=generator)
+        groups.append(
+            ScoredGroup(
+                group=RolloutGroup(prompt=prompt, rollouts=rollouts),
+                rewards=rewards,
+                advantages=torch.randn(len(lengths), generator=generator),
+            )
+        )
+    return groups
+
+
+RAGGED = [(7, [5, 1, 12]), (3, [4]), (11, [9, 9, 2, 6]), (1, [1, 3])]
