@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.utils import logging as hf_logging
 
 from fastgrpo.config import UserError
+from fastgrpo.kernels.cpu_linear import use_cpu_linear
 
 # Checked end to end against the plain Hugging Face model by tests/models/test_hf.py.
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
@@ -100,7 +101,14 @@ def load_model(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=ATTENTION)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
-    return model.to(device)
+    return prepare(model.to(device))
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """What every model that learner and sampler run goes through, however it was made."""
+    if model.device.type == "cpu":
+        use_cpu_linear(model)
+    return model
 
 
 def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:

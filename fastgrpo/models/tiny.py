@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from fastgrpo.config import ModelConfig
-from fastgrpo.models.hf import ATTENTION
+from fastgrpo.models.hf import ATTENTION, prepare
 
 PAD, EOS = "<pad>", "<eos>"
 
@@ -41,4 +41,4 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(shape)
+        return prepare(Qwen3ForCausalLM(shape))

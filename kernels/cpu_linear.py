@@ -1,0 +1,73 @@
+"""float32 matrix products on a CPU through oneDNN.
+
+torch hands float32 products to MKL, which runs at half speed or less on CPUs that are not Intel's, while the oneDNN in
+the same wheel does not: on a 2-core AMD EPYC 9005 a (4608, 256) x (256, 256) product runs at 368 against 162 GFLOP/s,
+both exact float32 (`python benchmarks/bench_cpu_linear.py` measures it on your machine). So the CPU's models compute
+their linear layers here; anything but a float32 CPU tensor goes torch's usual way.
+
+Letters: M rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Below this many rows the call itself costs more than the product.
+MIN_ROWS = 8
+
+
+def is_available() -> bool:
+    """Whether this build of torch holds oneDNN's linear operator."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(M, K), (N, K) -> a b^T (M, N); either may be a transposed view."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_x = _product(grad, weight.t()) if need_x else None
+        grad_weight = None
+        if need_weight:  # the reduction over M is faster with the larger side as the product's columns
+            wide = weight.shape[0] > weight.shape[1]
+            grad_weight = _product(x.t(), grad.t()).t() if wide else _product(grad.t(), x.t())
+        return grad_x, grad_weight, grad.sum(0) if need_bias and ctx.has_bias else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, differentiable once: (..., K), (N, K), (N,) -> (..., N).
+
+    float32 CPU tensors with enough rows go through oneDNN; everything else through torch.nn.functional.linear.
+    """
+    num_rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or x.dtype != torch.float32 or num_rows < MIN_ROWS or not is_available():
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(num_rows, -1), weight, bias).view(*x.shape[:-1], -1)
+
+
+class CpuLinear(nn.Linear):
+    """nn.Linear through `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def use_cpu_linear(model: nn.Module) -> None:
+    """Let every plain nn.Linear of the model compute through `linear`; its parameters and names stay as they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = CpuLinear

@@ -1,0 +1,57 @@
+"""oneDNN's linear layer against a float64 product."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastgrpo.kernels.cpu_linear import CpuLinear, is_available, linear, use_cpu_linear
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(50, 24, 40), (50, 40, 24), (8, 1, 3), (3, 24, 40), (129, 7, 5)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_float64_product_with_its_gradient(rows, inputs, outputs, bias):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    tensors = [x, weight, torch.randn(outputs)] if bias else [x, weight]
+    grad = torch.randn(rows, outputs)
+    ours = [t.clone().requires_grad_() for t in tensors]
+    oracle = [t.double().requires_grad_() for t in tensors]
+    out, expected = linear(*ours), nn.functional.linear(*oracle)
+    out.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(ours, oracle, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=2e-5, rtol=2e-5)
+        assert mine.grad.is_contiguous()
+
+
+def test_leading_dimensions_and_other_dtypes():
+    layer = nn.Linear(6, 4)
+    x = torch.randn(2, 9, 6)
+    torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
+    wide = copy.deepcopy(layer).double()
+    assert torch.equal(linear(x.double(), wide.weight, wide.bias), wide(x.double()))
+
+
+def test_a_model_keeps_its_parameters_and_names():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    before, x = copy.deepcopy(model), torch.randn(20, 6)
+    use_cpu_linear(model)
+    assert type(model[0]) is CpuLinear
+    assert list(model.state_dict()) == list(before.state_dict())
+    torch.testing.assert_close(model(x), before(x))
+
+
+def test_the_torch_we_install_has_it():
+    assert is_available()
+
+
+def test_second_derivative_is_refused():
+    x, weight = torch.randn(9, 3, requires_grad=True), torch.randn(2, 3)
+    (gradient,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
