@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
@@ -33,9 +33,14 @@ def use_triton(backend: str, tensor: Tensor) -> bool:
     return True
 
 
+@triton.jit
+def _probe():
+    pass
+
+
 def interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether these kernels run in Triton's interpreter, which was decided when they were defined."""
+    return not isinstance(_probe, triton.JITFunction)
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -39,6 +39,10 @@ class Head:
         """Take in a chunk's gradient (n, V) with respect to the undivided logits."""
         raise NotImplementedError
 
+    def gradient_tile(self, tile: Tensor, span: Span) -> Tensor:
+        """Where Triton writes the gradient of a tile: in place unless the head says otherwise."""
+        return tile
+
     def spans(self) -> list[Span]:
         """All rows in chunks."""
         return [span for unit in chunks.plan_units(self.num_rows, self.chunk_size) for span in unit]
@@ -82,6 +86,9 @@ class LinearHead(Head):
         num_columns = self.weight.shape[0]
         stride = -(-max(num_columns, 1) // 8) * 8  # rows start at 16-byte boundaries, or vector loads are lost
         self.tile = hidden.new_empty(min(chunk_size, self.num_rows), stride, dtype=tile_dtype)[:, :num_columns]
+        self._narrow = (
+            None if tile_dtype == hidden.dtype or not triton else torch.empty_like(self.tile, dtype=hidden.dtype)
+        )
         self.grad_hidden: Tensor | None = None
         self.grad_weight: Tensor | None = None
         self._pending: list[dist.Work] = []
@@ -110,6 +117,10 @@ class LinearHead(Head):
             x = x.to(tile.dtype) / self.temperature
         chunks.logits_into(tile, x, self.weight)
         return tile
+
+    def gradient_tile(self, tile: Tensor, span: Span) -> Tensor:
+        """The GEMMs of the backward pass want dlogits in hidden's dtype."""
+        return tile if self._narrow is None else self._narrow[: tile.shape[0]]
 
     def accumulate(self, dlogits: Tensor, span: Span) -> None:
         if self.grad_hidden is not None:
@@ -169,3 +180,26 @@ class GivenLogits(Head):
         assert self.grad_logits is not None
         rows = slice(*span) if self.kept is None else self.kept[slice(*span)]
         self.grad_logits[rows] = dlogits.to(self.grad_logits.dtype)
+
+
+class LogitsInPlace(Head):
+    """Given logits (T, V) as a single tile: the Triton path of the ops that start from logits."""
+
+    def __init__(self, logits: Tensor, scored: Tensor) -> None:
+        super().__init__(scored, triton=True)
+        self.tile, self.chunk_size = logits, max(logits.shape[0], 1)
+        self.grad_logits: Tensor | None = None
+
+    def want_gradient(self, *, in_place: bool) -> None:
+        """Prepare (T, V) for the gradient, or let it overwrite the logits."""
+        self.grad_logits = self.tile if in_place else torch.empty_like(self.tile)
+
+    def gradient_tile(self, tile: Tensor, span: Span) -> Tensor:
+        assert self.grad_logits is not None
+        return self.grad_logits
+
+    def logits(self, span: Span) -> Tensor:
+        return self.tile
+
+    def accumulate(self, dlogits: Tensor, span: Span) -> None:
+        pass  # the kernel wrote it where it belongs

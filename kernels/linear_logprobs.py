@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgrpo.kernels import chunks
 from fastgrpo.kernels.backend import refuse_second_derivative, use_triton
 from fastgrpo.kernels.heads import LinearHead
-from fastgrpo.kernels.logprobs import LogprobRows, check_row_targets, logprob_rows
+from fastgrpo.kernels.logprobs import LogprobRows, TorchLogprobRows, TritonLogprobRows, check_row_targets
 from fastgrpo.kernels.reference import IGNORE_INDEX
 from fastgrpo.kernels.vocab_parallel import VocabShard, check_hidden_and_weight
 
@@ -49,16 +49,14 @@ class _Call:
             tile_dtype=self.tile_dtype,
             temperature=self.temperature,
         )
-        rows = logprob_rows(
-            head.keep(self.targets),
-            self.shard,
-            head.tile,
-            triton=self.triton,
-            temperature=self.temperature,
-            entropy=self.entropy,
-            finite=True,
-            grad_dtype=hidden.dtype,
-        )
+        targets = head.keep(self.targets).contiguous()
+        rows: LogprobRows
+        if self.triton:
+            rows = TritonLogprobRows(targets, self.shard, head.gradient_tile, temperature=self.temperature)
+        else:
+            rows = TorchLogprobRows(
+                targets, self.shard, head.tile, temperature=self.temperature, entropy=self.entropy, finite=True
+            )
         return head, rows
 
 

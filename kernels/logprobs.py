@@ -8,18 +8,234 @@ Letters: T tokens, n rows of a tile, V vocabulary (shard), R vocabulary shards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels import torch_rows
 from fastgrpo.kernels.backend import refuse_second_derivative, use_triton
 from fastgrpo.kernels.chunks import Span
 from fastgrpo.kernels.heads import GivenLogits
+from fastgrpo.kernels.launch import row_shape, unspecialized
 from fastgrpo.kernels.reference import IGNORE_INDEX
+from fastgrpo.kernels.row_math import LOG2E, combine_ranks, row_statistics, write_row_gradient, write_zeros
 from fastgrpo.kernels.vocab_parallel import VocabShard
+
+
+@triton.jit(**unspecialized("TARGETS", "WEIGHTS", "STATS", "LOGPROBS", "ENTROPY", "first_token", "first_column"))
+def _statistics_kernel(
+    LOGITS,
+    logits_stride,
+    TARGETS,
+    WEIGHTS,
+    STATS,
+    LOGPROBS,
+    ENTROPY,
+    first_token,
+    first_column,
+    num_valid,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+):
+    """One row: (m, l, s, y) into STATS (n, 4), and without other shards its logprob and entropy.
+
+    A row is skipped where its weight is 0, or without WEIGHTS where its target is -100.
+    """
+    row_index = tl.program_id(0).to(tl.int64)
+    row = LOGITS + row_index * logits_stride
+    token = first_token + row_index
+    target = tl.load(TARGETS + token)
+    skip = target == -100
+    if WEIGHTS is not None:
+        skip = tl.load(WEIGHTS + token) == 0.0
+    row_max = 0.0
+    total = 1.0
+    moment = 0.0
+    target_logit = 0.0
+    if not skip:
+        column = target - first_column
+        owned = (column >= 0) & (column < num_valid)
+        target_logit = tl.load(row + column, mask=owned, other=float("-inf")).to(tl.float32)
+        row_max, total, moment = row_statistics(row, num_valid, inverse_temperature * LOG2E, BLOCK)
+    out = STATS + row_index * 4
+    tl.store(out, row_max)
+    tl.store(out + 1, total)
+    tl.store(out + 2, moment)
+    tl.store(out + 3, target_logit)
+    if LOGPROBS is not None:
+        log_sum = tl.log(total)
+        log_p = (target_logit - row_max) * inverse_temperature - log_sum
+        if (not skip) & ((target < 0) | (target >= num_valid)):
+            log_p = float("nan")  # no such token: loud, without waiting for the device
+        tl.store(LOGPROBS + token, log_p)
+        tl.store(ENTROPY + token, log_sum - moment / total)
+
+
+@triton.jit(
+    **unspecialized(
+        "STATS", "num_ranks", "rank_stride", "TARGETS", "GRAD_LOGPROBS", "GRAD_ENTROPY", "first_token", "first_column"
+    )
+)
+def _gradient_kernel(
+    LOGITS,
+    logits_stride,
+    GRAD,
+    grad_stride,
+    STATS,
+    num_ranks,
+    rank_stride,
+    TARGETS,
+    GRAD_LOGPROBS,
+    GRAD_ENTROPY,
+    first_token,
+    first_column,
+    num_valid,
+    num_columns,
+    inverse_temperature,
+    BLOCK: tl.constexpr,
+):
+    """One row's dL/dlogits from the statistics (R, T, 4) of all shards; GRAD may be LOGITS."""
+    row_index = tl.program_id(0).to(tl.int64)
+    row = LOGITS + row_index * logits_stride
+    out = GRAD + row_index * grad_stride
+    token = first_token + row_index
+    target = tl.load(TARGETS + token)
+    if target == -100:
+        write_zeros(out, 0, num_columns, BLOCK)
+    else:
+        column = target - first_column
+        column = tl.where((column >= 0) & (column < num_valid), column, -1)
+        own_logit = tl.load(row + column, mask=column >= 0, other=float("-inf")).to(tl.float32)
+        row_max, log_sum, mean_shift, _logit = combine_ranks(
+            STATS + token * 4, num_ranks, rank_stride, inverse_temperature
+        )
+        grad_entropy = 0.0
+        if GRAD_ENTROPY is not None:
+            grad_entropy = tl.load(GRAD_ENTROPY + token) * inverse_temperature
+        tl.debug_barrier()  # GRAD may be LOGITS: every thread has read the target's logit
+        write_row_gradient(
+            row,
+            out,
+            num_valid,
+            num_columns,
+            column,
+            own_logit,
+            row_max,
+            log_sum,
+            log_sum - mean_shift,
+            tl.load(GRAD_LOGPROBS + token) * inverse_temperature,
+            grad_entropy,
+            inverse_temperature * LOG2E,
+            GRAD_ENTROPY is not None,
+            BLOCK,
+        )
+
+
+def launch_statistics(
+    tile: Tensor, span: Span, targets: Tensor, weights: Tensor | None, shard: VocabShard, inverse_temperature: float
+) -> Tensor:
+    """(n, 4) float32 statistics of a tile (n, V) of undivided logits whose rows are the tokens of span."""
+    stats = torch.empty(tile.shape[0], 4, dtype=torch.float32, device=tile.device)
+    _statistics_kernel[(tile.shape[0],)](
+        tile,
+        tile.stride(0),
+        targets,
+        weights,
+        stats,
+        None,
+        None,
+        span[0],
+        shard.first_column,
+        shard.num_valid,
+        inverse_temperature,
+        **row_shape(tile.shape[1], tile.dtype),
+    )
+    return stats
+
+
+def launch_gradient(
+    tile: Tensor,
+    out: Tensor,
+    span: Span,
+    stats: Tensor,
+    targets: Tensor,
+    upstream: tuple[Tensor, Tensor | None],
+    shard: VocabShard,
+    inverse_temperature: float,
+) -> Tensor:
+    """dL/dlogits of a tile into out, which may be the tile; upstream: gradients (T,) of logprobs and entropies."""
+    _gradient_kernel[(tile.shape[0],)](
+        tile,
+        tile.stride(0),
+        out,
+        out.stride(0),
+        stats,
+        stats.shape[0],
+        stats.stride(0),
+        targets,
+        *upstream,
+        span[0],
+        shard.first_column,
+        shard.num_valid,
+        tile.shape[1],
+        inverse_temperature,
+        **row_shape(tile.shape[1], tile.dtype),
+    )
+    return out
+
+
+class _LogprobsTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        num_tokens = logits.shape[0]
+        stats, (log_p, entropy) = (
+            torch.empty(1, num_tokens, 4, dtype=torch.float32, device=logits.device),
+            torch.empty(2, num_tokens, dtype=torch.float32, device=logits.device),
+        )
+        _statistics_kernel[(num_tokens,)](
+            logits,
+            logits.stride(0),
+            targets,
+            None,
+            stats,
+            log_p,
+            entropy,
+            0,
+            0,
+            logits.shape[1],
+            1.0 / temperature,
+            **row_shape(logits.shape[1], logits.dtype),
+        )
+        ctx.save_for_backward(logits, targets, stats)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return log_p, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        refuse_second_derivative("fastgrpo.kernels.logprobs")
+        logits, targets, stats = ctx.saved_tensors
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None
+        upstream = contiguous_upstream(grad_logprobs, grad_entropy)
+        shard = VocabShard.of(logits.shape[1], None, None)
+        span = (0, logits.shape[0])
+        out = torch.empty_like(logits)
+        return launch_gradient(logits, out, span, stats, targets, upstream, shard, 1.0 / ctx.temperature), None, None
+
+
+def contiguous_upstream(grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both upstream gradients as the kernel reads them; a missing one of the logprobs is zeros."""
+    if grad_logprobs is None:
+        assert grad_entropy is not None
+        grad_logprobs = torch.zeros_like(grad_entropy)
+    return grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()
 
 
 class LogprobRows(Protocol):
@@ -77,20 +293,49 @@ class TorchLogprobRows:
         )
 
 
-def logprob_rows(
-    targets: Tensor,
-    shard: VocabShard,
-    tile: Tensor,
-    *,
-    triton: bool,
-    temperature: float,
-    entropy: bool,
-    finite: bool,
-    grad_dtype: torch.dtype,
-) -> LogprobRows:
-    """The row operations of the chosen backend."""
-    assert not triton
-    return TorchLogprobRows(targets, shard, tile, temperature=temperature, entropy=entropy, finite=finite)
+class TritonLogprobRows:
+    """LogprobRows on tiles of undivided logits (n, V), V including the shard's padding."""
+
+    def __init__(
+        self,
+        targets: Tensor,
+        shard: VocabShard,
+        gradient_tile: Callable[[Tensor, Span], Tensor],
+        *,
+        temperature: float,
+    ) -> None:
+        self.targets, self.shard, self.gradient_tile = targets, shard, gradient_tile
+        self.inverse_temperature = 1.0 / temperature
+
+    def statistics(self, tile: Tensor, span: Span) -> Tensor:
+        return launch_statistics(tile, span, self.targets, None, self.shard, self.inverse_temperature)
+
+    def finish(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        self._gathered = gathered
+        _, _, (log_p, entropy) = torch_rows.combine(gathered, self.inverse_temperature)
+        scored = self.targets != IGNORE_INDEX
+        known = (self.targets >= 0) & (self.targets < self.shard.vocab_size)
+        log_p = torch.where(known, log_p, torch.where(scored, torch.nan, 0.0))
+        return log_p, torch.where(scored, entropy, 0.0)
+
+    def state(self) -> Sequence[Tensor]:
+        return (self._gathered,)
+
+    def resume(self, state: Sequence[Tensor], grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> None:
+        (self._gathered,) = state
+        self._upstream = contiguous_upstream(grad_logprobs, grad_entropy)
+
+    def gradient(self, tile: Tensor, span: Span) -> Tensor:
+        return launch_gradient(
+            tile,
+            self.gradient_tile(tile, span),
+            span,
+            self._gathered,
+            self.targets,
+            self._upstream,
+            self.shard,
+            self.inverse_temperature,
+        )
 
 
 class _Logprobs(torch.autograd.Function):
@@ -160,7 +405,11 @@ def logprobs(
         raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must be (T, V) and (T,)")
     triton = use_triton(backend, logits)
     check_row_targets(targets, logits.shape[1], temperature, triton=triton)
-    log_p, row_entropy = _Logprobs.apply(logits, targets, temperature, entropy)
+    if triton:
+        rows_contiguous = logits if logits.stride(1) == 1 else logits.contiguous()
+        log_p, row_entropy = _LogprobsTriton.apply(rows_contiguous, targets.contiguous(), temperature)
+    else:
+        log_p, row_entropy = _Logprobs.apply(logits, targets, temperature, entropy)
     return (log_p, row_entropy) if entropy else log_p
 
 

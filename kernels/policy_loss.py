@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.kernels.backend import refuse_second_derivative, scale_in_place, take_once, use_triton
-from fastgrpo.kernels.heads import GivenLogits
+from fastgrpo.kernels.heads import GivenLogits, LogitsInPlace
 from fastgrpo.kernels.objective import LossInputs, LossOutput, Objective
 from fastgrpo.kernels.policy_rows import walk
 from fastgrpo.kernels.reference import check_targets
@@ -36,8 +36,12 @@ class _PolicyLoss(torch.autograd.Function):
         gradient: bool,
         triton: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert not triton
-        head = GivenLogits(logits, batch.token_weights != 0, temperature=objective.temperature)
+        scored = batch.token_weights != 0
+        head: GivenLogits | LogitsInPlace
+        if triton:
+            head = LogitsInPlace(logits, scored)
+        else:
+            head = GivenLogits(logits, scored, temperature=objective.temperature)
         if gradient:
             head.want_gradient(in_place=in_place)
         outputs = walk(
@@ -89,7 +93,11 @@ def policy_loss(
     batch.require_for(objective)
     if logits.ndim != 2 or batch.targets.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} must be (T, V) with T = {batch.targets.shape[0]} targets")
+    if in_place and logits.stride(1) != 1:
+        raise ValueError("in_place=True needs logits whose rows are contiguous: call .contiguous(), or leave it False")
     triton = use_triton(backend, logits)
+    if triton and logits.stride(1) != 1:
+        logits = logits.contiguous()
     if not (triton and logits.device.type == "cuda"):
         check_targets(batch.targets, batch.token_weights != 0, logits.shape[1])
     gradient = torch.is_grad_enabled() and logits.requires_grad

@@ -15,6 +15,7 @@ from fastgrpo.kernels.chunks import Span, plan_units
 from fastgrpo.kernels.heads import Head
 from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.kernels.policy_rows_torch import TorchPolicyRows
+from fastgrpo.kernels.policy_rows_triton import TritonPolicyRows
 from fastgrpo.kernels.token_terms import ENTROPY_ROW, LOGPROB_ROW
 from fastgrpo.kernels.vocab_parallel import VocabShard
 
@@ -25,8 +26,8 @@ class PolicyRows(Protocol):
     records: Tensor
     """(R, T) in RECORDS' order, filled as units are processed."""
 
-    def one_pass(self, tile: Tensor, span: Span) -> Tensor | None:
-        """The gradient at once, where the unit is this tile and no other shard has a say; None: take the steps."""
+    def one_pass(self, tile: Tensor, span: Span, gradient: bool) -> Tensor | None:
+        """Records and gradient at once, where rows need nothing but themselves; None: take the steps below."""
 
     def statistics(self, tile: Tensor, span: Span) -> Tensor:
         """(n, 4): max, sum, shifted sum and target logit of each row."""
@@ -35,7 +36,10 @@ class PolicyRows(Protocol):
         """Take in a unit's statistics (R, n, 4) from all shards, in rank order."""
 
     def gradient(self, tile: Tensor, span: Span) -> Tensor:
-        """dL/dlogits of the tile, in place where the dtype allows."""
+        """Records and dL/dlogits of the tile, in place where the dtype allows."""
+
+    def finish(self, tile: Tensor, span: Span) -> None:
+        """Records of a unit whose gradient nobody wants; the tile holds anything."""
 
 
 def walk(
@@ -63,17 +67,22 @@ def walk(
         assert batch.cu_seqlens is not None
         bounds = batch.cu_seqlens.tolist()
     for unit in plan_units(head.num_rows, chunk_size, bounds):
-        if len(unit) == 1 and gradient:
-            tile = head.logits(unit[0])
-            dlogits = rows.one_pass(tile, unit[0])
+        whole = (unit[0][0], unit[-1][1])
+        if len(unit) == 1:
+            tile = head.logits(whole)
+            dlogits = rows.one_pass(tile, whole, gradient)
             if dlogits is not None:
-                head.accumulate(dlogits, unit[0])
+                if gradient:
+                    head.accumulate(dlogits, whole)
                 continue
-            stats = rows.statistics(tile, unit[0])
+            stats = rows.statistics(tile, whole)
         else:
             stats = torch.cat([rows.statistics(head.logits(span), span) for span in unit])
-        rows.combine(shard.gather(stats), (unit[0][0], unit[-1][1]))
-        for span in unit if gradient else ():
+        rows.combine(shard.gather(stats), whole)
+        if not gradient:
+            rows.finish(head.tile, whole)
+            continue
+        for span in unit:
             dlogits = rows.gradient(tile if len(unit) == 1 else head.logits(span), span)
             head.accumulate(dlogits, span)
     sums = rows.records.sum(1, dtype=torch.float64)
@@ -83,5 +92,6 @@ def walk(
 def _rows(
     head: Head, batch: LossInputs, objective: Objective, shard: VocabShard, *, entropy: bool, finite: bool
 ) -> PolicyRows:
-    assert not head.triton
+    if head.triton:
+        return TritonPolicyRows(batch, objective, shard, head.gradient_tile)
     return TorchPolicyRows(batch, objective, shard, head.tile, entropy=entropy, finite=finite)

@@ -33,7 +33,7 @@ class TorchPolicyRows:
         self.records = tile.new_empty(len(RECORDS), batch.targets.shape[0])
         self._unit_start = 0
 
-    def one_pass(self, tile: Tensor, span: Span) -> None:
+    def one_pass(self, tile: Tensor, span: Span, gradient: bool) -> None:
         return None
 
     def statistics(self, tile: Tensor, span: Span) -> Tensor:
@@ -63,3 +63,6 @@ class TorchPolicyRows:
             self._grad_logprob[rows],
             None if self._grad_entropy is None else self._grad_entropy[rows],
         )
+
+    def finish(self, tile: Tensor, span: Span) -> None:
+        pass  # combine has recorded everything

@@ -238,8 +238,8 @@ def _kl(log_p: Tensor, other: Tensor, estimator: str) -> Tensor:
         return log_p - other
     if estimator == "k2":
         return 0.5 * (log_p - other).square()
-    drift = other - log_p
-    drift = drift + (drift.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) - drift).detach()
+    drift = torch.nan_to_num(other - log_p, nan=torch.nan, posinf=1e30, neginf=-1e30)
+    drift = drift.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach() + (drift - drift.detach())
     return torch.expm1(drift) - drift
 
 

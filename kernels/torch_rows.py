@@ -20,6 +20,7 @@ NO_COLUMN = -1
 EMPTY_MAX = -1e30
 """m of a shard without columns: finite, so that (m - M) * l is 0 and not NaN."""
 _STRIP_ELEMENTS = 1 << 20
+_LONG_ROW, _DOT = 8192, 512
 _NEVER = -1e4
 """e^-1e4 is 0 in float64 too, and unlike -inf it survives a product with 0."""
 
@@ -34,9 +35,10 @@ class TorchRows:
         self.strip = max(1, min(num_rows, _STRIP_ELEMENTS // max(num_columns, 1)))
         self.entropy = entropy
         self.finite = finite
-        shape = (self.strip, num_columns)
-        self.centred = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.exponentials = torch.empty_like(self.centred)
+        self.num_columns = num_columns
+        padded = -(-num_columns // _DOT) * _DOT if num_columns > _LONG_ROW else num_columns
+        self.centred = torch.zeros(self.strip, padded, dtype=like.dtype, device=like.device)
+        self.exponentials = torch.zeros_like(self.centred)
         self._held: tuple[int, int] | None = None
 
     def statistics(self, tile: Tensor, columns: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ class TorchRows:
             d, e = self._exponentials(z, stats[:, 0])
             torch.sum(e, 1, out=stats[:, 1])
             if self.entropy:
-                stats[:, 2] = _row_dots(e, d)
+                stats[:, 2] = self._row_dots(d.shape[0])
         self._held = (tile.data_ptr(), tile.shape[0]) if tile.shape[0] <= self.strip else None
         return out
 
@@ -100,7 +102,8 @@ class TorchRows:
 
     def _exponentials(self, z: Tensor, row_max: Tensor, tile: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """d = z - max and e^d of one strip, or the pair that `statistics` left behind."""
-        d, e = self.centred[: z.shape[0]], self.exponentials[: z.shape[0]]
+        d = self.centred[: z.shape[0], : self.num_columns]
+        e = self.exponentials[: z.shape[0], : self.num_columns]
         if tile is not None and self._held == (tile.data_ptr(), tile.shape[0]):
             return d, e
         torch.sub(z, row_max[:, None], out=d)
@@ -108,20 +111,29 @@ class TorchRows:
             d.clamp_(min=_NEVER)
         return d, torch.exp(d, out=e)
 
+    def _row_dots(self, num_rows: int) -> Tensor:
+        """sum_j d_ij e^d_ij. Long rows in pieces, as batched products, which would lose digits in one piece."""
+        d, e = self.centred[:num_rows], self.exponentials[:num_rows]
+        if self.num_columns <= _LONG_ROW:
+            return torch.linalg.vecdot(d, e)
+        return torch.bmm(d.view(-1, 1, _DOT), e.view(-1, _DOT, 1)).view(num_rows, -1).sum(1)
 
-def combine(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+def combine(gathered: Tensor, inverse_temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(R, N, 4) statistics of all shards, in rank order, to M (N,), log sum e^(z - M) (N,) and (logprob, entropy).
+
+    inverse_temperature: where m and y are of logits that were not divided by the temperature yet.
 
     Returns: total max (N,), log of the total sum (N,), and (2, N) holding logprobs and entropies.
     """
     row_max, row_sum, row_shifted, target_logit = gathered.unbind(-1)  # (R, N) each
     total_max = row_max.amax(0)
-    drop = row_max - total_max
+    drop = (row_max - total_max) * inverse_temperature
     factor = torch.exp(drop)
     total = (factor * row_sum).sum(0)
     shifted = (factor * (row_shifted + drop * row_sum)).sum(0)
     log_total = total.log()
-    log_p = target_logit.amax(0) - total_max - log_total
+    log_p = (target_logit.amax(0) - total_max) * inverse_temperature - log_total
     return total_max, log_total, torch.stack([log_p, log_total - shifted / total])
 
 
@@ -129,10 +141,3 @@ def local_columns(targets: Tensor, shard: VocabShard) -> Tensor:
     """(T,) the targets' columns in this shard of the vocabulary, NO_COLUMN where another shard owns them."""
     columns = targets - shard.first_column
     return torch.where((columns >= 0) & (columns < shard.num_valid), columns, NO_COLUMN)
-
-
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """sum_j a_ij b_ij. The batched product wins once rows outgrow the cache, the reduction before that."""
-    if a.shape[1] <= 8192:
-        return torch.linalg.vecdot(a, b)
-    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastgrpo.kernels import reference
 from fastgrpo.kernels.group_advantages import group_advantages, process_advantages
 
 ROOT_HALF = 0.5**0.5
@@ -77,3 +78,50 @@ def test_process_advantages_of_one_step_at_the_end_are_outcome_advantages():
     cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     per_token = process_advantages(rewards, lengths - 1, torch.arange(6), ids, cu)
     torch.testing.assert_close(per_token, group_advantages(rewards, ids).repeat_interleave(lengths))
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("normalize", ["std", "none"])
+@pytest.mark.parametrize("std_ddof", [0, 1])
+def test_kernel_against_the_specification(normalize, std_ddof, leave_one_out):
+    """Ragged groups in random order, one constant, one of a single member, one with an offset of 100."""
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.tensor([3, 3, 3, 9, 9, 9, 9, -4, 5, 5, 5, 5, 5])
+    rewards = torch.rand(13, generator=rng)
+    rewards[3:7] = 0.7
+    rewards[8:] += 100.0
+    order = torch.randperm(13, generator=rng)
+    rewards, ids = rewards[order], ids[order]
+    options = {"normalize": normalize, "std_ddof": std_ddof, "leave_one_out": leave_one_out}
+    got = group_advantages(rewards, ids, backend="triton", **options)
+    want = group_advantages(rewards.double(), ids, **options)
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6)
+    assert got[(ids == 9) | (ids == -4)].abs().max() == 0.0
+
+
+def test_process_advantages_agree_with_the_specification():
+    rng = torch.Generator().manual_seed(0)
+    cu = torch.tensor([0, 4, 4, 11, 20])
+    step_sequence, index = torch.tensor([0, 3, 0, 2, 3, 2]), torch.tensor([3, 8, 1, 0, 2, 5])
+    rewards, ids = torch.randn(6, generator=rng).double(), torch.tensor([1, 1, 1, 2])
+    got = process_advantages(rewards, index, step_sequence, ids, cu)
+    want = reference.process_advantages(rewards, index, step_sequence, ids, cu)
+    torch.testing.assert_close(got, want)
+
+
+def test_process_advantages_of_a_constant_group_are_exactly_zero():
+    cu, steps = torch.tensor([0, 3, 6]), torch.tensor([0, 0, 1])
+    a = process_advantages(torch.full((3,), 0.7), torch.tensor([0, 2, 1]), steps, torch.tensor([0, 1]), cu)
+    assert a.tolist() == [0.0] * 6
+
+
+def test_refusals():
+    one = torch.zeros(1)
+    with pytest.raises(ValueError, match="normalize='max'"):
+        group_advantages(one, one.long(), normalize="max")
+    with pytest.raises(ValueError, match="std_ddof=2"):
+        group_advantages(one, one.long(), std_ddof=2)
+    with pytest.raises(ValueError, match="must both be"):
+        group_advantages(one, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"step_token_index\[0\]=5 lies outside completion 0 of 3 tokens"):
+        process_advantages(one, torch.tensor([5]), torch.tensor([0]), torch.tensor([0]), torch.tensor([0, 3]))
