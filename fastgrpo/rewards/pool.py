@@ -25,6 +25,9 @@ from fastgrpo.rewards.worker import Shipment, answer, initialize
 GRACE_S = 1.0
 """Async calls are given up on by their own event loop; this much later the loop itself counts as stuck."""
 
+POLL_S = 1.0
+MAX_RESTARTS = 3
+
 Ticket = Callable[[], list[Outcome]]
 """Waits for a batch of calls."""
 
@@ -64,14 +67,27 @@ class ProcessExecutor:
         started.result()
 
     def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
-        if not self._pool.active:  # an idle worker was killed from outside, which pebble does not survive
-            self.close()
-            self._start()
+        first = self._schedule(index, calls)
+
+        def wait() -> list[Outcome]:
+            pool, future = first
+            for _ in range(MAX_RESTARTS):
+                try:
+                    return _outcomes(pool, future, len(calls))
+                except BrokenProcessPool:  # the calls were still in the queue: making them again repeats nothing
+                    pool, future = self._schedule(index, calls)
+            return [Failure("error", "the worker processes keep being killed from outside")] * len(calls)
+
+        return wait
+
+    def _schedule(self, index: int, calls: list[dict[str, Any]]) -> tuple[ProcessPool, Future]:
         function = self._functions[index]
         how = {"is_async": function.is_async, "per_group": function.per_group, "timeout_s": self._timeout_s}
         timeout = self._timeout_s + (GRACE_S if function.is_async else 0.0)
-        future = self._pool.schedule(answer, args=(index, calls), kwargs=how, timeout=timeout)
-        return lambda: _wait(future, len(calls))
+        if not self._pool.active:  # an idle worker was killed from outside, which pebble does not survive
+            self.close()
+            self._start()
+        return self._pool, self._pool.schedule(answer, args=(index, calls), kwargs=how, timeout=timeout)
 
     def close(self) -> None:
         self._pool.stop()
@@ -88,15 +104,19 @@ def _start_and_stay(pool: ProcessPool, started: Future, closed: threading.Event)
     closed.wait()
 
 
-def _wait(future: Future, num_calls: int) -> list[Outcome]:
-    try:
-        return future.result()
-    except FutureTimeoutError:
-        return [Failure("timeout", "")] * num_calls
-    except ProcessExpired as error:
-        return [Failure("error", f"the worker process died with exit code {error.exitcode}")] * num_calls
-    except BrokenProcessPool:
-        return [Failure("error", "the worker processes were killed from outside")] * num_calls
+def _outcomes(pool: ProcessPool, future: Future, num_calls: int) -> list[Outcome]:
+    """Waits. Raises BrokenProcessPool where the pool ended before it made the calls."""
+    while True:
+        try:
+            return future.result(POLL_S)
+        except FutureTimeoutError:  # this wait's, or the call's
+            if future.done():
+                if isinstance(future.exception(), FutureTimeoutError):
+                    return [Failure("timeout", "")] * num_calls
+            elif not pool.active:  # calls that it had not sent yet would never be answered
+                raise BrokenProcessPool from None
+        except ProcessExpired as error:
+            return [Failure("error", f"the worker process died with exit code {error.exitcode}")] * num_calls
 
 
 def _ship(function: RewardFunction, by_path: bool) -> Shipment:
