@@ -72,19 +72,15 @@ def set_up_torch(config: Config) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def load_policy(config: Config, notify: Callable[[str], None]) -> tuple[nn.Module, Any, PromptSets]:
-    """The model, its tokenizer and the prompts.
-
-    Raises UserError for what is wrong with any of them; the data is read before the weights, because it is faster.
-    """
-    device, dtype = device_of(config)
+def load_data(config: Config) -> tuple[Any, PromptSets]:
+    """The policy's tokenizer and the prompts. Raises UserError for what is wrong with either."""
     if config.model.path is None:
-        tokenizer = tiny.character_tokenizer(ALPHABET)
-        prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_prompt_tokens=QUICKSTART_CONTEXT // 2)
-        return _quickstart_model(config, tokenizer, prompts, notify).to(device, dtype), tokenizer, prompts
-    key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
-    tokenizer = hf.load_tokenizer(config.model.tokenizer_path or config.model.path, key)
-    context = hf.load_config(config.model.path).max_position_embeddings
+        tokenizer: Any = tiny.character_tokenizer(ALPHABET)
+        context = QUICKSTART_CONTEXT
+    else:
+        key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
+        tokenizer = hf.load_tokenizer(config.model.tokenizer_path or config.model.path, key)
+        context = hf.load_config(config.model.path).max_position_embeddings
     room = context - config.sampling.max_new_tokens
     if room < 1:
         raise UserError(
@@ -92,7 +88,21 @@ def load_policy(config: Config, notify: Callable[[str], None]) -> tuple[nn.Modul
             "no room for a prompt; lower it"
         )
     prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_prompt_tokens=room)
-    return hf.load_model(config.model.path, device=device, dtype=dtype), tokenizer, prompts
+    longest = max(len(prompt.token_ids) for prompt in prompts.train) + config.sampling.max_new_tokens
+    if longest > config.learner.max_tokens_per_microbatch:
+        raise UserError(
+            f"learner.max_tokens_per_microbatch={config.learner.max_tokens_per_microbatch}: a prompt and its "
+            f"completion can have {longest} tokens; raise it to at least that"
+        )
+    return tokenizer, prompts
+
+
+def load_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> nn.Module:
+    """The policy, on its device. Raises UserError for what is wrong with it."""
+    device, dtype = device_of(config)
+    if config.model.path is None:
+        return hf.prepare(_quickstart_model(config, tokenizer, prompts, notify).to(device, dtype))
+    return hf.load_model(config.model.path, device=device, dtype=dtype)
 
 
 def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> nn.Module:
@@ -111,9 +121,7 @@ def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notif
 
 
 @contextmanager
-def assemble(
-    config: Config, reward: Callable[..., Any] | None = None, prompts: PromptSets | None = None
-) -> Iterator[Run]:
+def assemble(config: Config, reward: Callable[..., Any] | None = None) -> Iterator[Run]:
     """Everything a run needs, closed again at the end, also after an error.
 
     reward: a function in place of reward.path. Raises UserError for whatever the user can mend.
@@ -126,10 +134,12 @@ def assemble(
         console = Console(config.run.console, num_steps=config.train.num_steps, activity=lambda: ledger.part)
         checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
         checkpoint = find_checkpoint(config, checkpoints, console.message)
-        model, tokenizer, prompts = load_policy(config, console.message)
-        sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
+        # What is quick to find wrong comes first: functions, then data, then weights.
         rewards = stack.enter_context(Rewards(config.reward, reward))
+        tokenizer, prompts = load_data(config)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
+        model = load_model(config, tokenizer, prompts, console.message)
+        sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
         reference = copy.deepcopy(model) if objective.kl_coef > 0 else None
         if config.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable()

@@ -16,6 +16,7 @@ def explain(error: BaseException) -> str:
         (r"Could not override '([^']+)'", _unknown_key),
         (r"Key '([^']+)' not in '[^']+'[\s\S]*?full_key: (\S+)", lambda _, full: _unknown_key(full)),
         (r"Could not find '([\w]+)/([^']+)'", _unknown_choice),
+        (r"Error parsing override '([^']*)'", _unreadable),
         (r"Error merging override (\S+?)=(.*)", lambda key, value: _wrong_type(key, value, text)),
     ):
         found = re.search(pattern, text)
@@ -31,11 +32,11 @@ def _chain(error: BaseException | None):
 
 
 def _unknown_key(key: str) -> str:
-    groups = group_choices()
-    close = difflib.get_close_matches(key, [*all_keys(), *groups], n=1, cutoff=0.6)
-    last = key.rsplit(".", 1)[-1]
-    same_name = [known for known in all_keys() if known.rsplit(".", 1)[-1] == last]
-    hint = (same_name or close or [None])[0]
+    known = [*all_keys(), *group_choices()]
+    same_name = [name for name in known if "." in name and name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    section = [name for name in known if name.startswith(key.rsplit(".", 1)[0] + ".")]
+    close = difflib.get_close_matches(key, section or known, n=1, cutoff=0.75)
+    hint = next(iter([*close, *same_name]), None)
     mend = f"did you mean {hint}?" if hint else "`fastgrpo train --help` lists every key"
     return f"{key}: no such key; {mend}"
 
@@ -46,7 +47,11 @@ def _unknown_choice(group: str, choice: str) -> str:
 
 
 def _wrong_type(key: str, value: str, text: str) -> str:
-    found = re.search(r"could not be converted to (\w+)|'(\w+)' is not a primitive|type '(\w+)'", text)
     kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-    kind = next((part for part in found.groups() if part), "") if found else ""
-    return f"{key}={value.strip()}: wrong type; give {kinds.get(kind, 'a value as fastgrpo train --help shows')}"
+    found = re.search(r"could not be converted to (\w+)|is not a valid (\w+)", text)
+    kind = kinds.get(next(filter(None, found.groups())), "") if found else ""
+    return f"{key}={value.strip()}: wrong type; give {kind or 'a value as `fastgrpo train --help` shows'}"
+
+
+def _unreadable(override: str) -> str:
+    return f"{override}: not understood; write KEY=VALUE, and quote a value with special characters: 'KEY=\"VALUE\"'"

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgrpo.config import Config, UserError
 
 RUNS = Path("runs")
+CONF = str(Path(__file__).resolve().parent / "conf")
 
 
 def main() -> None:
@@ -68,35 +70,70 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int
         print(help_page.text(name))
         return 0
     import hydra
-    from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    from fastgrpo.hydra_errors import explain
-
-    ConfigStore.instance().store(name="schema", node=Config)
-    codes = []
+    started = False
+    codes: list[int] = []
+    mistakes: list[UserError] = []
 
     def job(composed: Any) -> None:
+        nonlocal started
+        started = True
         if HydraConfig.get().mode == RunMode.MULTIRUN and value_of(arguments, "run.dir") is None:
             composed.run.dir = HydraConfig.get().runtime.output_dir
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise UserError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
-        text = OmegaConf.to_yaml(composed, resolve=True)
-        codes.append(task(OmegaConf.to_object(composed), text))  # type: ignore[arg-type]
+        try:
+            codes.append(task(*converted(composed)))
+        except UserError as error:  # past Hydra, which would announce it in its own words
+            mistakes.append(error)
 
     # Hydra would print its own traceback and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [f"fastgrpo {name}", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name=name)(job)()
+        with hydra_errors_in_one_line():
+            hydra.main(version_base="1.3", config_path=CONF, config_name=name)(job)()
+    except OSError as error:
+        if started:
+            raise
+        raise UserError(f"run.dir: {error.filename} cannot be made ({error.strerror}); choose another") from None
+    if mistakes:
+        raise mistakes[0]
+    return max(codes, default=0)
+
+
+def compose(name: str, arguments: list[str]) -> tuple[Config, str]:
+    """conf/<name>.yaml with the arguments, as dataclasses and as YAML, for callers that are not the command line."""
+    import hydra
+
+    with hydra_errors_in_one_line(), hydra.initialize_config_dir(CONF, version_base="1.3"):
+        return converted(hydra.compose(name, arguments))
+
+
+def converted(composed: Any) -> tuple[Config, str]:
+    """The composed configuration as dataclasses, and resolved as YAML. Raises UserError where a value is missing."""
+    from omegaconf import OmegaConf
+
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
+    return OmegaConf.to_object(composed), OmegaConf.to_yaml(composed, resolve=True)  # type: ignore[return-value]
+
+
+@contextmanager
+def hydra_errors_in_one_line() -> Iterator[None]:
+    """Register the schema, and turn what Hydra and OmegaConf raise while composing into UserError."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fastgrpo.hydra_errors import explain
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        yield
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from None
-    return max(codes, default=0)
 
 
 def _train(config: Config, text: str) -> int:

@@ -29,8 +29,14 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
         for warning in warnings:
             parts.console.message(f"warning: {warning}")
         (run_dir / "config.yaml").write_text(text, encoding="utf-8")
-        with StopRequest(parts.console.message) as stop:
-            train(parts, stop)
+        try:
+            with StopRequest(parts.console.message) as stop:
+                train(parts, stop)
+        except OSError as error:
+            raise UserError(
+                f"run.dir={config.run.dir}: {error}; make room or mend the disk, then go on with resume=auto "
+                "(checkpoints written before are whole)"
+            ) from error
         if stop.signum is None and config.checkpoint.export:
             parts.export(run_dir / "hf")
         page = write_report(run_dir)
@@ -44,13 +50,14 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
 def evaluate_only(config: Config) -> dict[str, float]:
     """Held-out metrics of model.path. Raises UserError for what the user can mend."""
     validate(config)
-    from fastgrpo.assemble import load_policy, sampling_params
+    from fastgrpo.assemble import load_data, load_model, sampling_params
     from fastgrpo.evaluate import evaluate
     from fastgrpo.models import hf
     from fastgrpo.rewards.scoring import Rewards
     from fastgrpo.sampler.torch_sampler import TorchSampler
 
-    model, tokenizer, prompts = load_policy(config, print)
+    tokenizer, prompts = load_data(config)
+    model = load_model(config, tokenizer, prompts, print)
     params = sampling_params(config, hf.stop_token_ids(model, tokenizer))
     limit = config.eval.max_new_tokens or params.max_new_tokens
     with Rewards(config.reward) as rewards:

@@ -1,0 +1,70 @@
+"""fastgrpo from Python: train on one's own prompts and reward function in a notebook or a script."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.config import UserError
+
+HELD_OUT = 0.1
+"""The share of the prompts that is held out where data.eval_size does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Example: TrainResult(run_dir=Path("runs/default/2026-01-31_12-00-00"), metrics=[{"step": 0, ...}, ...])."""
+
+    run_dir: Path
+    metrics: list[dict[str, Any]]
+    """The rows of metrics.jsonl, one a step."""
+
+    @property
+    def model_path(self) -> Path:
+        """The trained policy, a Hugging Face directory."""
+        return self.run_dir / "hf"
+
+
+def train(
+    prompts: Sequence[str | Mapping[str, Any]] | None = None,
+    reward: Callable[..., Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> TrainResult:
+    """Train a policy; returns when it is done, or when a signal has stopped it.
+
+    prompts: texts, or mappings with a column `question` and, if the reward needs it, `answer` and others (or as
+        data.prompt_column and data.answer_column name them); None trains on the configured data.
+    reward: a function under the contract of fastgrpo.rewards; None takes the configured one.
+    overrides: what one would write behind `fastgrpo train`, such as ["model.path=DIR", "train.num_steps=50"].
+    Raises UserError, one line, for whatever can be mended.
+    """
+    from fastgrpo.main import compose, value_of, with_run_dir, with_shorthands
+    from fastgrpo.metrics import read_jsonl
+    from fastgrpo.run import run
+
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = list(overrides)
+        if prompts is not None:
+            path = Path(directory) / "prompts.jsonl"
+            column = value_of(arguments, "data.prompt_column") or "question"
+            rows = [_row(prompt, column) for prompt in prompts]
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            answers = [] if all("answer" in row for row in rows) else ["data.answer_column=null"]
+            held_out = f"data.eval_size={int(HELD_OUT * len(rows))}"
+            arguments = ["data=jsonl", f"data.path={path}", held_out, *answers, *arguments]
+        config, text = compose("train", with_run_dir(with_shorthands(arguments)))
+        run(config, text, reward=reward)
+    run_dir = Path(config.run.dir)
+    return TrainResult(run_dir=run_dir, metrics=read_jsonl(run_dir / "metrics.jsonl"))
+
+
+def _row(prompt: str | Mapping[str, Any], column: str) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {column: prompt}
+    if isinstance(prompt, Mapping):
+        return dict(prompt)
+    raise UserError(f"prompts: {prompt!r} is neither a text nor a mapping of columns")
