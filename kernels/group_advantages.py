@@ -113,7 +113,7 @@ def group_advantages(
             advantages,
             rewards.shape[0],
             std_ddof,
-            min_std,
+            float(min_std),
             NORMALIZE_STD=normalize == "std",
             LEAVE_ONE_OUT=leave_one_out,
             BLOCK=1024,

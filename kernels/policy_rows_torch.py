@@ -31,7 +31,7 @@ class TorchPolicyRows:
         self.columns = torch_rows.local_columns(batch.targets, shard)
         self.rows = torch_rows.TorchRows(tile.shape[0], shard.num_valid, tile, entropy=entropy, finite=finite)
         self.records = tile.new_empty(len(RECORDS), batch.targets.shape[0])
-        self._unit_start = 0
+        self._unit = (0, 0)
 
     def one_pass(self, tile: Tensor, span: Span, gradient: bool) -> None:
         return None
@@ -44,7 +44,7 @@ class TorchPolicyRows:
         entropy = row_entropy if self.entropy else None
         terms = token_terms(log_p, entropy, self.batch.tokens_from(*span), self.objective)
         self.records[:, slice(*span)] = terms.records
-        self._unit_start = span[0]
+        self._unit = span
         self._own_max = gathered[self.rank, :, 0]
         self._log_sum = log_total + (total_max - self._own_max)
         self._row_entropy = row_entropy
@@ -53,7 +53,7 @@ class TorchPolicyRows:
         self._grad_entropy = terms.grad_entropy * per_logit if self.objective.entropy_coef else None
 
     def gradient(self, tile: Tensor, span: Span) -> Tensor:
-        rows = slice(span[0] - self._unit_start, span[1] - self._unit_start)
+        rows = slice(span[0] - self._unit[0], span[1] - self._unit[0])
         return self.rows.gradient(
             tile,
             self.columns[slice(*span)],
@@ -62,6 +62,7 @@ class TorchPolicyRows:
             self._row_entropy[rows],
             self._grad_logprob[rows],
             None if self._grad_entropy is None else self._grad_entropy[rows],
+            reuse=span == self._unit,  # otherwise the tile has held other chunks in between
         )
 
     def finish(self, tile: Tensor, span: Span) -> None:

@@ -368,8 +368,8 @@ class TritonPolicyRows:
             num_valid=shard.num_valid,
             num_columns=tile.shape[1],
             vocab_size=shard.vocab_size,
-            kl_coef=objective.kl_coef,
-            entropy_coef=objective.entropy_coef,
+            kl_coef=float(objective.kl_coef),
+            entropy_coef=float(objective.entropy_coef),
             **self._surrogate_arguments(),
             KL=objective.kl_estimator if objective.kl_coef > 0 else "none",
             KL_TIMES_RATIO=objective.kl_times_ratio,
@@ -384,9 +384,9 @@ class TritonPolicyRows:
             "inverse_temperature": 1.0 / objective.temperature,
             "clip_low": 1.0 - objective.clip_ratio_low,
             "clip_high": 1.0 + objective.clip_ratio_high,
-            "dual_clip": objective.dual_clip or 0.0,
-            "tau_pos": objective.sapo_tau_pos,
-            "tau_neg": objective.sapo_tau_neg,
+            "dual_clip": float(objective.dual_clip or 0.0),  # an integer would be compiled in
+            "tau_pos": float(objective.sapo_tau_pos),
+            "tau_neg": float(objective.sapo_tau_neg),
             "SURROGATE": objective.surrogate,
             "DUAL_CLIP": objective.dual_clip is not None,
         }

@@ -39,7 +39,7 @@ class TorchRows:
         padded = -(-num_columns // _DOT) * _DOT if num_columns > _LONG_ROW else num_columns
         self.centred = torch.zeros(self.strip, padded, dtype=like.dtype, device=like.device)
         self.exponentials = torch.zeros_like(self.centred)
-        self._held: tuple[int, int] | None = None
+        self._held = 0  # rows of the tile whose differences and exponentials are all here
 
     def statistics(self, tile: Tensor, columns: Tensor) -> Tensor:
         """(N, 4): m, l, s, y of every row; the tile is left alone. columns (N,): local target or NO_COLUMN.
@@ -60,7 +60,7 @@ class TorchRows:
             torch.sum(e, 1, out=stats[:, 1])
             if self.entropy:
                 stats[:, 2] = self._row_dots(d.shape[0])
-        self._held = (tile.data_ptr(), tile.shape[0]) if tile.shape[0] <= self.strip else None
+        self._held = tile.shape[0] if tile.shape[0] <= self.strip else 0
         return out
 
     def gradient(
@@ -72,10 +72,12 @@ class TorchRows:
         entropy: Tensor | None,
         grad_logprob: Tensor,
         grad_entropy: Tensor | None,
+        *,
+        reuse: bool = False,
     ) -> Tensor:
         """Overwrite the tile's logits with g (1[target] - p) - h p (log p + H), and return it.
 
-        All vectors are (N,). own_max is this shard's m; log_sum = log sum e^(z - own_max) over all shards.
+        reuse: the tile still holds what `statistics` saw last. All vectors are (N,). own_max is this shard's m; log_sum = log sum e^(z - own_max) over all shards.
         """
         # p = e^(d - log_sum) with d = z - own_max: the row's constants fold into two coefficients.
         scale = torch.exp(-log_sum)
@@ -88,24 +90,27 @@ class TorchRows:
         for start in range(0, tile.shape[0], self.strip):
             rows = slice(start, start + self.strip)
             z = tile[rows]
-            d, e = self._exponentials(z, own_max[rows], tile=tile)
+            if reuse and tile.shape[0] == self._held:
+                d, e = self._strips(z.shape[0])
+            else:
+                d, e = self._exponentials(z, own_max[rows])
             if slope is None:
                 torch.mul(e, constant[rows], out=z)
             else:
                 torch.addcmul(constant[rows], d, slope[rows], out=d)
                 torch.mul(d, e, out=z)
-        self._held = None
+        self._held = 0
         owned = columns != NO_COLUMN
         if tile.shape[1]:
             tile.scatter_add_(1, columns.clamp(min=0)[:, None], torch.where(owned, grad_logprob, 0.0)[:, None])
         return tile
 
-    def _exponentials(self, z: Tensor, row_max: Tensor, tile: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """d = z - max and e^d of one strip, or the pair that `statistics` left behind."""
-        d = self.centred[: z.shape[0], : self.num_columns]
-        e = self.exponentials[: z.shape[0], : self.num_columns]
-        if tile is not None and self._held == (tile.data_ptr(), tile.shape[0]):
-            return d, e
+    def _strips(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        return self.centred[:num_rows, : self.num_columns], self.exponentials[:num_rows, : self.num_columns]
+
+    def _exponentials(self, z: Tensor, row_max: Tensor) -> tuple[Tensor, Tensor]:
+        """d = z - max and e^d of one strip."""
+        d, e = self._strips(z.shape[0])
         torch.sub(z, row_max[:, None], out=d)
         if not self.finite:
             d.clamp_(min=_NEVER)

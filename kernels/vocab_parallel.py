@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed it; the old name warns there and the new one does not exist in 2.11
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -45,9 +48,9 @@ class VocabShard:
         """(n, 4) on every rank to (R, n, 4) in rank order: the one collective of the forward pass."""
         if self.num_ranks == 1:
             return stats[None]
-        gathered = stats.new_empty(self.num_ranks, *stats.shape)
-        dist.all_gather_into_tensor(gathered, stats.contiguous(), group=self.group)
-        return gathered
+        gathered = stats.new_empty(self.num_ranks * stats.shape[0], stats.shape[1])
+        _all_gather(gathered, stats.contiguous(), group=self.group)
+        return gathered.view(self.num_ranks, *stats.shape)
 
     def start_sum(self, partial: Tensor) -> list[dist.Work]:
         """Sum a contiguous tensor over the ranks in place; wait on what is returned before reading it."""

@@ -1,0 +1,221 @@
+"""Compiles the Triton kernels for real GPUs on a machine without one, through the functions users call.
+
+A stand-in driver names the target and every launch stops after compilation, so that what is measured is what
+the launchers would launch: their signatures, alignments, flags and shapes. Run as a script:
+
+    python tests/kernels/aot.py            print the table of resources
+    python tests/kernels/aot.py --write    and make it the committed one, on purpose
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from fastgrpo.kernels import backend, group_advantages, logprobs, policy_rows_triton
+from fastgrpo.kernels.linear_logprobs import linear_logprobs
+from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
+from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.policy_loss import policy_loss
+
+TABLE = Path(__file__).with_name("aot_resources.json")
+CAPABILITIES = (80, 90, 100)
+VOCAB_SIZE = 152064
+KERNELS = {
+    "statistics": logprobs._statistics_kernel,
+    "gradient": logprobs._gradient_kernel,
+    "policy": policy_rows_triton._policy_kernel,
+    "sequence": policy_rows_triton._sequence_kernel,
+    "group": group_advantages._group_kernel,
+}
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class OfflineDriver:
+    """What Triton asks of a driver before it launches. The capability doubles as the device's number."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(capability: int) -> None:
+    """From here on every Triton launch in this process compiles for the capability and runs nothing."""
+    triton.runtime.driver.set_active(OfflineDriver(capability))
+    backend.interpreting = lambda: True
+    if not hasattr(JITFunction, "_launch_for_real"):
+        JITFunction._launch_for_real = JITFunction.run
+
+        def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            return JITFunction._launch_for_real(self, *args, grid=grid, warmup=True, **kwargs)
+
+        JITFunction.run = run
+
+
+def batch_of(num_tokens: int, **fields: Any) -> LossInputs:
+    ones = torch.ones(num_tokens)
+    rich = {"old_logprobs": ones, "ref_logprobs": ones, "importance_weights": ones} if fields.pop("rich", True) else {}
+    zeros = torch.zeros(num_tokens, dtype=torch.int64)
+    return LossInputs(targets=zeros, advantages=ones, token_weights=ones, **rich, **fields)
+
+
+RICH = {"kl_coef": 0.1, "entropy_coef": 0.01}
+
+
+def from_logits(dtype: torch.dtype, objective: Objective, rich: bool = True) -> None:
+    logits = torch.zeros(2, VOCAB_SIZE, dtype=dtype, requires_grad=True)
+    policy_loss(logits, batch_of(2, rich=rich), objective, backend="triton")
+
+
+def from_hidden(objective: Objective) -> None:
+    hidden = torch.zeros(2, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(VOCAB_SIZE, 16, dtype=torch.bfloat16)
+    cu = torch.tensor([0, 2])
+    linear_policy_loss(hidden, weight, batch_of(2, cu_seqlens=cu), objective, backend="triton", entropy=True)
+
+
+def logprobs_of(dtype: torch.dtype) -> None:
+    logits = torch.zeros(2, VOCAB_SIZE, dtype=dtype, requires_grad=True)
+    pair = logprobs.logprobs(logits, torch.zeros(2, dtype=torch.int64), entropy=True, backend="triton")
+    sum(x.sum() for x in pair).backward()
+
+
+SCENARIOS: dict[str, Callable[[], Any]] = {
+    "policy_loss bf16, clip on-policy": lambda: from_logits(torch.bfloat16, Objective(), rich=False),
+    "policy_loss bf16, dual clip + k3 + entropy": lambda: from_logits(torch.bfloat16, Objective(dual_clip=3.0, **RICH)),
+    "policy_loss fp16, sapo + k1 x ratio": lambda: from_logits(
+        torch.float16, Objective(surrogate="sapo", kl_coef=0.1, kl_estimator="k1", kl_times_ratio=True)
+    ),
+    "policy_loss fp32, cispo": lambda: from_logits(torch.float32, Objective(surrogate="cispo")),
+    "linear_policy_loss bf16, clip + k3 + entropy": lambda: from_hidden(Objective(**RICH)),
+    "linear_policy_loss bf16, GSPO": lambda: from_hidden(Objective(ratio_level="sequence", **RICH)),
+    "logprobs bf16 with entropy": lambda: logprobs_of(torch.bfloat16),
+    "logprobs fp32 with entropy": lambda: logprobs_of(torch.float32),
+    "group_advantages": lambda: group_advantages.group_advantages(
+        torch.zeros(4), torch.zeros(4, dtype=torch.int64), backend="triton"
+    ),
+}
+
+
+def compiled(capability: int) -> dict[tuple[str, Any], Any]:
+    """Every kernel compiled so far for a capability, by (name, cache key)."""
+    return {
+        (name, key): kernel
+        for name, fn in KERNELS.items()
+        if capability in fn.device_caches
+        for key, kernel in fn.device_caches[capability][0].items()
+    }
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers, stack and shared bytes, spill instructions and vector accesses of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def cuobjdump(option: str) -> str:
+            return subprocess.run(
+                [str(_TOOLS / "cuobjdump"), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", cuobjdump("--dump-resource-usage"))
+        sass = cuobjdump("-sass")
+    assert usage is not None
+    registers, stack, _ = map(int, usage.groups())
+    return {
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": kernel.metadata.shared,
+        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "vector_loads": len(re.findall(r"ld\.global[^;]*v4", kernel.asm["ptx"])),
+        "vector_stores": len(re.findall(r"st\.global[^;]*v4", kernel.asm["ptx"])),
+        "num_warps": kernel.metadata.num_warps,
+    }
+
+
+def measure(capability: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """(scenario / kernel / sm, resources) of everything the scenarios launch."""
+    compile_only(capability)
+    for scenario, call in SCENARIOS.items():
+        before = set(compiled(capability))
+        call()
+        for (name, key), kernel in compiled(capability).items():
+            if (name, key) not in before:
+                yield f"{scenario} / {name} / sm_{capability}", resources(kernel)
+
+
+def variants_by_call(capability: int = 90) -> list[int]:
+    """How many kernels exist after each of a series of calls that differ only in lengths and coefficients."""
+    compile_only(capability)
+    counts = []
+    for step, num_tokens in enumerate((1, 2, 16, 17, 48)):
+        objective = Objective(
+            ratio_level="sequence" if step % 2 else "token",
+            clip_ratio_low=0.1 + 0.1 * step,
+            clip_ratio_high=step,
+            kl_coef=1.0 + step,
+            entropy_coef=1.0 - 0.1 * step,
+            temperature=1.0 + step,
+        )
+        # a slice that starts anywhere: no pointer of the batch is aligned to 16 bytes
+        long = batch_of(num_tokens + step)
+        batch = long.tokens_from(step, step + num_tokens)
+        cu = torch.tensor([0, *range(1, step + 1), num_tokens]).clamp(max=num_tokens)
+        batch = LossInputs(**{**vars(batch), "cu_seqlens": cu})
+        hidden = torch.zeros(num_tokens, 16, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.zeros(1024, 16, dtype=torch.bfloat16)
+        logits = torch.zeros(num_tokens, 1024, dtype=torch.bfloat16, requires_grad=True)
+        for chunk in (None, 16):
+            linear_policy_loss(hidden, weight, batch, objective, chunk_size=chunk, backend="triton")
+        policy_loss(logits, batch, objective, backend="triton")
+        for temperature in (1.0, 0.5 + step):
+            options = {"temperature": temperature, "entropy": True, "backend": "triton"}
+            pair = linear_logprobs(hidden, weight, batch.targets, chunk_size=7 + step, **options)
+            sum(x.sum() for x in pair).backward()
+            sum(x.sum() for x in logprobs.logprobs(logits, batch.targets, **options)).backward()
+        group_advantages.group_advantages(batch.advantages, batch.targets // (step + 1), min_std=step, backend="triton")
+        counts.append(len(compiled(capability)))
+    return counts
+
+
+def main() -> None:
+    if "--variants" in sys.argv:
+        print(json.dumps(variants_by_call()))
+        return
+    table = {"triton": triton.__version__}
+    rows = {name: row for capability in CAPABILITIES for name, row in measure(capability)}
+    if "--json" in sys.argv:
+        print(json.dumps(table | {"kernels": rows}))
+        return
+    columns = list(next(iter(rows.values())))
+    print(f"{'kernel':<72}" + "".join(f"{c:>16}" for c in columns))
+    for name, row in rows.items():
+        print(f"{name:<72}" + "".join(f"{row[c]:>16}" for c in columns))
+    if "--write" in sys.argv:
+        TABLE.write_text(json.dumps(table | {"kernels": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

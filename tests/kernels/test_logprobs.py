@@ -1,0 +1,77 @@
+"""logprobs and linear_logprobs: values, gradients of both outputs, properties, refusals."""
+
+import math
+
+import pytest
+import torch
+
+from fastgrpo import verify
+from fastgrpo.kernels.linear_logprobs import linear_logprobs
+from fastgrpo.kernels.logprobs import logprobs
+
+BACKENDS = ("torch", "triton")
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab_size", [127, 1031])
+def test_against_the_oracle(backend, dtype, linear, vocab_size):
+    if backend == "triton" and dtype == torch.float64:
+        backend = "auto"  # refused by name, see below
+    case = verify.make_case(num_tokens=12, hidden_size=16, vocab_size=vocab_size, dtype=dtype, mask="scattered")
+    options = {"chunk_size": 5} if linear else {}
+    errors = verify.check_logprobs(case, 0.7, linear=linear, backend=backend, **options)
+    allowed = verify.tolerances(dtype, verify.max_logit(case) / 0.7)
+    assert all(error <= allowed[name] for name, error in errors.items()), (errors, allowed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab_size", [1, 50257, 151936, 152064])
+def test_large_vocabularies(backend, vocab_size):
+    case = verify.make_case(num_tokens=2, hidden_size=8, vocab_size=vocab_size, dtype=torch.float32)
+    errors = verify.check_logprobs(case, 1.0, linear=False, backend=backend)
+    allowed = verify.tolerances(torch.float32, verify.max_logit(case))
+    assert all(error <= allowed[name] for name, error in errors.items()), (errors, allowed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bounds_and_row_sums(backend):
+    logits = (3.0 * torch.randn(8, 300, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    log_p, entropy = logprobs(logits, torch.arange(8), entropy=True, backend=backend)
+    assert (log_p <= 0.0).all()
+    assert ((entropy >= 0.0) & (entropy <= math.log(300))).all()
+    for output in (log_p, entropy):
+        (grad,) = torch.autograd.grad(output.sum(), logits, retain_graph=True)
+        assert grad.sum(1).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_one_output_used(backend):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = torch.tensor([1, 2, -100])
+    _, entropy = logprobs(logits, targets, entropy=True, backend=backend)
+    (grad,) = torch.autograd.grad(entropy.sum(), logits)
+    assert grad[2].abs().max() == 0.0
+    assert grad[:2].abs().max() > 0.0
+    log_p = logprobs(logits, targets, backend=backend)
+    assert log_p[2] == 0.0
+    assert torch.autograd.grad(log_p.sum(), logits)[0].isfinite().all()
+
+
+def test_refusals():
+    logits = torch.zeros(2, 4, requires_grad=True)
+    targets = torch.tensor([0, 4])
+    with pytest.raises(ValueError, match=r"targets\[1\]=4 is outside \[0, 4\)"):
+        logprobs(logits, targets)
+    with pytest.raises(ValueError, match="temperature=0"):
+        logprobs(logits, targets, temperature=0.0)
+    with pytest.raises(ValueError, match=r"must be \(T, V\)"):
+        logprobs(logits, targets[:1])
+    with pytest.raises(ValueError, match=r"targets \(3,\) must be \(2,\)"):
+        linear_logprobs(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="computes in float32 and got float64"):
+        logprobs(logits.double(), targets, backend="triton")
+    log_p = logprobs(logits, torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(log_p.sum(), logits, create_graph=True)

@@ -1,0 +1,94 @@
+"""Vocabulary shards on 2 and 4 real processes over gloo: equal to the whole, with a single all-gather."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fastgrpo import verify
+from fastgrpo.kernels import vocab_parallel
+from fastgrpo.kernels.linear_logprobs import linear_logprobs
+from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
+
+VOCAB_SIZE, PADDED = 613, 640  # the last of four shards is mostly padding
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _both_ops(case, weight, objective, **options):
+    """Loss, logprobs and gradients of the policy loss; then logprobs, entropies and gradients of linear_logprobs."""
+    out = linear_policy_loss(case.hidden, weight, case.batch, objective, chunk_size=7, vocab_size=VOCAB_SIZE, **options)
+    policy = (out.loss.detach(), out.logprobs, *torch.autograd.grad(out.loss, (case.hidden, weight)))
+    targets = torch.where(case.batch.token_weights != 0, case.batch.targets, -100)
+    pair = linear_logprobs(
+        case.hidden, weight, targets, entropy=True, chunk_size=7, vocab_size=VOCAB_SIZE, temperature=0.9, **options
+    )
+    total = pair[0].sum() + 0.3 * pair[1].sum()
+    return *policy, pair[0].detach(), pair[1].detach(), *torch.autograd.grad(total, (case.hidden, weight))
+
+
+def _worker(rank, world, port, names, dtype, backend, results):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    gathers = []
+    gather = vocab_parallel._all_gather
+    vocab_parallel._all_gather = lambda *args, **kwargs: (gathers.append(1), gather(*args, **kwargs))[1]
+    answers = {}
+    for name in names:
+        objective = verify.OBJECTIVES[name]
+        case, weight = _case(objective, dtype)
+        size = PADDED // world
+        shard = weight[rank * size : (rank + 1) * size].clone().requires_grad_()
+        gathers.clear()
+        out = _both_ops(case, shard, objective, tp_group=dist.group.WORLD, backend=backend)
+        answers[name] = [x.detach() for x in out], len(gathers)
+    results[rank] = answers
+    dist.destroy_process_group()
+
+
+def _case(objective, dtype):
+    case = verify.make_case(
+        num_tokens=16, hidden_size=16, vocab_size=VOCAB_SIZE, dtype=dtype, mask="scattered", temperature=0.9
+    )
+    padding = torch.full((PADDED - VOCAB_SIZE, 16), 40.0, dtype=dtype)
+    return case, torch.cat([case.weight.detach(), padding])
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype", "backend", "names"),
+    [
+        (2, torch.float64, "torch", ["clip higher", "clip, sequence (GSPO)", "cispo, sequence"]),
+        (4, torch.float64, "torch", ["dual clip", "sapo, sequence"]),
+        (2, torch.float32, "triton", ["clip higher", "clip, sequence (GSPO)"]),
+        (4, torch.float32, "triton", ["dual clip"]),
+    ],
+)
+def test_shards_equal_the_whole(world, dtype, backend, names):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_worker, (world, _free_port(), names, dtype, backend, results), nprocs=world)
+        answers = [results[rank] for rank in range(world)]
+    tolerance = {"rtol": 1e-10, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 1e-6}
+    for name in names:
+        objective = verify.OBJECTIVES[name]
+        case, weight = _case(objective, dtype)
+        want = [x.detach() for x in _both_ops(case, weight.requires_grad_(), objective, backend=backend)]
+        whole = [rank[name][0] for rank in answers]
+        for position, value in enumerate(want):
+            if value.shape == weight.shape:
+                got = torch.cat([rank[position] for rank in whole])
+            else:
+                got = whole[0][position]
+                for rank in whole[1:]:
+                    assert torch.equal(rank[position], got)  # every rank computes the same bits
+            torch.testing.assert_close(got, value, **tolerance)
+        # one all-gather a unit of the policy loss (chunks of 7, or sequences), one for all of linear_logprobs
+        assert all(rank[name][1] <= 4 for rank in answers)
