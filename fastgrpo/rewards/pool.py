@@ -108,7 +108,7 @@ def _outcomes(pool: ProcessPool, future: Future, num_calls: int) -> list[Outcome
     """Waits. Raises BrokenProcessPool where the pool ended before it made the calls."""
     while True:
         try:
-            return future.result(POLL_S)
+            return future.result(POLL_S if pool.active else 0.0)
         except FutureTimeoutError:  # this wait's, or the call's
             if future.done():
                 if isinstance(future.exception(), FutureTimeoutError):
