@@ -77,7 +77,8 @@ class TorchRows:
     ) -> Tensor:
         """Overwrite the tile's logits with g (1[target] - p) - h p (log p + H), and return it.
 
-        reuse: the tile still holds what `statistics` saw last. All vectors are (N,). own_max is this shard's m; log_sum = log sum e^(z - own_max) over all shards.
+        reuse: the tile still holds what `statistics` saw last. All vectors are (N,).
+        own_max is this shard's m; log_sum = log sum e^(z - own_max) over all shards.
         """
         # p = e^(d - log_sum) with d = z - own_max: the row's constants fold into two coefficients.
         scale = torch.exp(-log_sum)
