@@ -22,16 +22,16 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "pyarrow",
         "rich",
-        "plotly",
         "pebble",
         "cloudpickle",
         "tensorboard",
     ],
     extras_require={
         # Triton 3.6's interpreter, which the tests run the kernels in, breaks on numpy 2.4.
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "numpy<2.4", "ruff", "mypy"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "numpy<2.4", "math-verify", "ruff", "mypy"],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy"],
         "hub": ["datasets"],
+        "math": ["math-verify"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow"],
     },

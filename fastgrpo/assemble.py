@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastgrpo.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from fastgrpo.config import Config, UserError
@@ -21,6 +20,7 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, tiny
+from fastgrpo.models.hf import CausalLM
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.torch_sampler import TorchSampler
 from fastgrpo.trainer import Run
@@ -97,7 +97,7 @@ def load_data(config: Config) -> tuple[Any, PromptSets]:
     return tokenizer, prompts
 
 
-def load_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> nn.Module:
+def load_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> CausalLM:
     """The policy, on its device. Raises UserError for what is wrong with it."""
     device, dtype = device_of(config)
     if config.model.path is None:
@@ -105,7 +105,7 @@ def load_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Call
     return hf.load_model(config.model.path, device=device, dtype=dtype)
 
 
-def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> nn.Module:
+def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> CausalLM:
     path = cached_path(config, ALPHABET)
     if not path.is_dir():
         model = tiny.build_model(config.model, tokenizer, max_length=QUICKSTART_CONTEXT, seed=config.seed)
@@ -147,7 +147,7 @@ def assemble(config: Config, reward: Callable[..., Any] | None = None) -> Iterat
         updates = train.num_steps * train.updates_per_rollout * train.num_minibatches
         learner = TorchLearner(model, train, num_updates=updates, reference=reference)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
-        state = {"step": 0, "num_nonfinite": 0}
+        state: dict[str, Any] = {"step": 0, "num_nonfinite": 0}
         if checkpoint is not None:
             learner_state, state = checkpoint.load()
             learner.load_state_dict(learner_state)
@@ -218,7 +218,7 @@ def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def batch_algebra(config: Config, prompts: PromptSets, model: nn.Module) -> list[tuple[str, str]]:
+def batch_algebra(config: Config, prompts: PromptSets, model: CausalLM) -> list[tuple[str, str]]:
     """What a step does, in numbers."""
     train, group_size = config.train, config.algorithm.group_size
     sequences = train.prompts_per_step * group_size

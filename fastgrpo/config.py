@@ -70,7 +70,7 @@ class DataConfig:
     eval_path: str | None = None
     """Held-out questions; null splits data.eval_size of them off data.path."""
     eval_size: int = 256
-    """How many questions are held out. They never occur in training."""
+    """How many questions are held out: the same ones for every seed. They never occur in training."""
     hub_config: str | None = None
     """The hub data set's configuration, such as `main` for openai/gsm8k."""
     split: str = "train"
@@ -128,7 +128,7 @@ class RewardConfig:
     """Time limit of one call."""
     on_error: str = "fail"
     """fail | zero | drop: what happens to a group whose reward function raises or exceeds the limit.
-    zero gives those completions 0, drop leaves the group out; both are counted in the metrics."""
+    zero gives 0 for that function, drop leaves the group out; both are counted in the metrics."""
     num_workers: int = 2
     """Processes that run reward functions; 0 runs them in the trainer's own, for functions that hold a model."""
 

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fastgrpo.algorithms.aggregation import token_weights
 from fastgrpo.config import Config, TrainConfig, UserError, WarmStartConfig
@@ -21,7 +20,7 @@ from fastgrpo.data import PromptStream
 from fastgrpo.data.packing import Sequence, pack
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.torch_learner import TorchLearner
-from fastgrpo.models.hf import save_pretrained
+from fastgrpo.models.hf import CausalLM, save_pretrained
 from fastgrpo.rewards.verifiable import exact_match
 from fastgrpo.sampler.torch_sampler import TorchSampler
 from fastgrpo.seeding import derive_seed
@@ -48,7 +47,7 @@ def cached_path(config: Config, alphabet: str) -> Path:
 
 
 def warm_start(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer,
     prompts: list[Prompt],
     config: WarmStartConfig,
@@ -108,7 +107,7 @@ def _supervised(prompts: list[Prompt], solutions: dict[str, torch.Tensor]) -> li
     ]
 
 
-def store(model: nn.Module, tokenizer, path: Path) -> None:
+def store(model: CausalLM, tokenizer, path: Path) -> None:
     """Keep the model at `path`, whole or not at all."""
     beside = path.with_name(f"{path.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)

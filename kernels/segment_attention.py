@@ -124,7 +124,7 @@ class SegmentPlan:
     """
 
     def __init__(self, segments: Tensor, device: torch.device | str = "cpu") -> None:
-        rows: list[tuple[int, int, int, int]] = [tuple(row) for row in segments.tolist()]  # type: ignore[misc]
+        rows: list[tuple[int, int, int, int]] = [tuple(row) for row in segments.tolist()]
         self.num_rows = max(end for _, end, _, _ in rows)
         for _, _, prefix_start, prefix_end in rows:
             if not 0 <= prefix_start <= prefix_end <= self.num_rows:

@@ -37,7 +37,11 @@ def compare(groups: list[ScoredGroup], config: AlgorithmConfig) -> list[ScoredGr
 
 
 def _compare_steps(groups: list[ScoredGroup], config: AlgorithmConfig) -> list[ScoredGroup]:
-    rewards, token_index, sequence_ids, group_ids, lengths = [], [], [], [], []
+    rewards: list[float] = []
+    token_index: list[int] = []
+    sequence_ids: list[int] = []
+    group_ids: list[int] = []
+    lengths: list[int] = []
     for number, group in enumerate(groups):
         if group.step_rewards is None:
             raise UserError(

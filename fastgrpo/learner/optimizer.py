@@ -33,9 +33,11 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.max_grad_norm = config.max_grad_norm
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.has_masters = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.params)
-        self.masters = [p.detach().float().clone() for p in self.params] if self.has_masters else self.params
+        self.masters: list[Tensor] = (
+            [p.detach().float().clone() for p in self.params] if self.has_masters else self.params
+        )
         if self.has_masters:
             for param, master in zip(self.params, self.masters, strict=True):
                 param.register_post_accumulate_grad_hook(_into(master))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
@@ -16,7 +16,7 @@ from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.optimizer import Optimizer, learning_rate
 from fastgrpo.models.attention import PackedAttention
-from fastgrpo.models.hf import hidden_states
+from fastgrpo.models.hf import CausalLM, hidden_states
 from fastgrpo.types import PackedBatch, StepResult
 
 
@@ -28,7 +28,7 @@ class TorchLearner:
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, *, num_updates: int, reference: nn.Module | None = None
+        self, model: CausalLM, config: TrainConfig, *, num_updates: int, reference: CausalLM | None = None
     ) -> None:
         self.model, self.config, self.num_updates = model, config, num_updates
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
@@ -80,6 +80,7 @@ class TorchLearner:
         batch = batch.to(self.model.device)
         hidden = self._scored_hidden(model, batch)
         result = linear_logprobs(hidden, model.lm_head.weight, batch.targets, temperature=temperature)
+        assert isinstance(result, Tensor)  # a pair only with entropy=True
         model.train(was_training)
         return result.cpu()
 
@@ -87,7 +88,7 @@ class TorchLearner:
     def _head(self) -> Tensor:
         return self.model.lm_head.weight
 
-    def _scored_hidden(self, model: nn.Module, batch: PackedBatch) -> Tensor:
+    def _scored_hidden(self, model: CausalLM, batch: PackedBatch) -> Tensor:
         """(N, H): only the rows that predict a scored token reach the loss head."""
         attend = PackedAttention(batch.segments, batch.token_ids.device)
         hidden = hidden_states(model, batch.token_ids[None], batch.position_ids[None], attend)[0]  # (T, H)
@@ -101,7 +102,8 @@ class TorchLearner:
         """reference += share * (policy - reference); nothing without a reference."""
         if self.reference is None or share == 0.0:
             return
-        theirs, ours = list(self.reference.parameters()), list(self.model.parameters())
+        theirs: list[Tensor] = list(self.reference.parameters())
+        ours: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
 
     def state_dict(self) -> dict[str, Any]:

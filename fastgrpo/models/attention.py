@@ -15,5 +15,5 @@ class PackedAttention:
         self.plan = SegmentPlan(segments, device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        packed = (x[0].transpose(0, 1) for x in (q, k, v))  # (1, A, T, D) -> (T, A, D)
-        return segment_attention(*packed, self.plan, scale=scale)[None]
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (1, A, T, D) -> (T, A, D)
+        return segment_attention(q, k, v, self.plan, scale=scale)[None]

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from fastgrpo.config import UserError
 from fastgrpo.kernels.cpu_linear import use_cpu_linear
+
+CausalLM: TypeAlias = Any
+"""A transformers model with .model, .lm_head, .config and .device, which its stubs do not tell."""
 
 # Checked end to end against the plain Hugging Face model by tests/models/test_hf.py.
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
@@ -33,7 +37,7 @@ class Attend(Protocol):
 
 
 def _attention(
-    module: nn.Module, query, key, value, attention_mask=None, scaling=None, attend: Attend | None = None, **_: Any
+    module: Any, query, key, value, attention_mask=None, scaling=None, attend: Attend | None = None, **_: Any
 ):
     if attend is None:
         raise RuntimeError("a model loaded by fastgrpo computes attention through attend=; see fastgrpo.models.hf")
@@ -45,7 +49,7 @@ hf_logging.disable_progress_bar()
 AttentionInterface.register(ATTENTION, _attention)
 
 
-def hidden_states(model: nn.Module, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+def hidden_states(model: CausalLM, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
     """The last layer's hidden states, normalised: (B, L) token ids and positions -> (B, L, H)."""
     # Any other attention would ignore `attend` and quietly let completions see each other.
     assert model.config._attn_implementation == ATTENTION, model.config._attn_implementation
@@ -90,7 +94,7 @@ def load_config(path: str) -> Any:
     return config
 
 
-def load_model(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
+def load_model(path: str, *, device: str, dtype: torch.dtype) -> CausalLM:
     """The causal language model of a local directory or hub name, ready for `attend`.
 
     Raises UserError, naming model.path, where it is no model, cannot be read, or is of a type that is not supported.
@@ -98,13 +102,15 @@ def load_model(path: str, *, device: str, dtype: torch.dtype) -> nn.Module:
     config = load_config(path)
     source = _local_or_hub("model.path", path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, attn_implementation=ATTENTION)
+        model: CausalLM = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, attn_implementation=ATTENTION
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
     return prepare(model.to(device))
 
 
-def prepare(model: nn.Module) -> nn.Module:
+def prepare(model: CausalLM) -> CausalLM:
     """What every model that learner and sampler run goes through, however it was made."""
     if model.device.type == "cpu":
         use_cpu_linear(model)
@@ -116,13 +122,12 @@ def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBas
 
     Raises UserError where there is none, or where it has no end-of-sequence token (completions could never stop).
     """
+    source = _local_or_hub(key, path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_local_or_hub(key, path))
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{key}={path}: its tokenizer cannot be loaded: {_first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None or _made_up(tokenizer.eos_token, Path(source) / "tokenizer.json"):
         raise UserError(
             f"{key}={path}: the tokenizer has no EOS token, so completions cannot end; "
             "set eos_token in its tokenizer_config.json, or model.tokenizer_path to another directory"
@@ -130,7 +135,13 @@ def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _made_up(token: str, file: Path) -> bool:
+    """Whether transformers added the token by itself: a model type's tokenizer class brings an EOS of its own, which
+    the model has never seen."""
+    return file.is_file() and Tokenizer.from_file(str(file)).token_to_id(token) is None
+
+
+def stop_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a completion: the tokenizer's and the generation configuration's."""
     listed = getattr(model, "generation_config", None)
     ids = listed.eos_token_id if listed is not None else None
@@ -138,7 +149,7 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(sorted({int(tokenizer.eos_token_id), *map(int, more)}))
 
 
-def save_pretrained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike) -> None:
+def save_pretrained(model: CausalLM, tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike) -> None:
     """Write a plain Hugging Face directory (safetensors) that AutoModelForCausalLM loads."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

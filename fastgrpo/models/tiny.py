@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from fastgrpo.config import ModelConfig
-from fastgrpo.models.hf import ATTENTION, prepare
+from fastgrpo.models.hf import ATTENTION, CausalLM, prepare
 
 PAD, EOS = "<pad>", "<eos>"
 
@@ -22,7 +21,7 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length: int, seed: int) -> nn.Module:
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length: int, seed: int) -> CausalLM:
     """A float32 Qwen3 with random weights that are a function of the seed."""
     shape = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -37,8 +36,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        attn_implementation=ATTENTION,
     )
+    shape._attn_implementation = ATTENTION
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return prepare(Qwen3ForCausalLM(shape))

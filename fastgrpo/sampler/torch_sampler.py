@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.kernels.segment_attention import SegmentPlan, attention_with_lse, merge, segment_attention
-from fastgrpo.models.hf import hidden_states
+from fastgrpo.models.hf import CausalLM, hidden_states
 from fastgrpo.sampler.draw import contract_of, draw
 from fastgrpo.seeding import derive_seed
 from fastgrpo.types import LogprobContract, Prompt, Rollout, RolloutGroup, SamplingParams
@@ -25,7 +25,7 @@ DROP_SHARE = 1 / 8
 class TorchSampler:
     """Samples from a Hugging Face model loaded by fastgrpo.models.hf, in the learner's process, on its own weights."""
 
-    def __init__(self, model: nn.Module, *, max_sequences: int = 512) -> None:
+    def __init__(self, model: CausalLM, *, max_sequences: int = 512) -> None:
         self.model = model
         self.max_sequences = max_sequences
         self.policy_version = 0
@@ -118,7 +118,7 @@ def _uniforms(prompts: list[Prompt], num_samples: int, limit: int, seed: int) ->
     return torch.stack(streams)
 
 
-def _prefill(model: nn.Module, prompts: list[Prompt], num_samples: int, limit: int) -> tuple[GroupCache, Tensor]:
+def _prefill(model: CausalLM, prompts: list[Prompt], num_samples: int, limit: int) -> tuple[GroupCache, Tensor]:
     """The prompts' keys and values, computed packed, and each prompt's last hidden state (B, H)."""
     lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts])
     ends = lengths.cumsum(0)

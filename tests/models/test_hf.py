@@ -1,0 +1,99 @@
+"""Loading models and tokenizers, and the hook through which the model's attention runs."""
+
+import json
+
+import pytest
+import torch
+from builders import CONFIGS, make_model
+from transformers import PreTrainedTokenizerFast
+
+from fastgrpo.config import UserError
+from fastgrpo.models import hf
+from fastgrpo.models.attention import PackedAttention
+from fastgrpo.models.tiny import character_tokenizer
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_hidden_states_equal_the_plain_model(kind):
+    ids = torch.randint(2, 60, (1, 12))
+    segments = torch.tensor([[0, 5, 0, 0], [5, 12, 0, 5]])
+    mine = hf.hidden_states(make_model(kind), ids, torch.arange(12)[None], PackedAttention(segments))
+    theirs = make_model(kind, attention="sdpa").model(ids).last_hidden_state
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_with_any_other_attention_is_refused():
+    with pytest.raises(AssertionError, match="sdpa"):
+        hf.hidden_states(make_model(attention="sdpa"), torch.ones(1, 2, dtype=torch.long), None, lambda *_: None)
+
+
+def saved(tmp_path, kind="qwen2", **changes):
+    make_model(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_saved_directory_loads_bit_by_bit(tmp_path, kind):
+    model = hf.load_model(saved(tmp_path, kind), device="cpu", dtype=torch.float32)
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), make_model(kind).named_parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model type 'gpt2' is not supported; use one of qwen2, qwen3, llama"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rotary type 'dynamic' is not supported",
+        ),
+    ],
+)
+def test_models_that_would_be_wrong_are_refused_by_name(tmp_path, changes, message):
+    path = saved(tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        hf.load_model(path, device="cpu", dtype=torch.float32)
+    assert str(error.value).startswith(f"model.path={path}: {message}")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "nowhere"])
+def test_a_path_that_is_nothing_is_refused(path):
+    with pytest.raises(UserError, match="no such directory; give a Hugging Face model directory or a hub name"):
+        hf.load_model(path, device="cpu", dtype=torch.float32)
+
+
+def test_directories_that_are_no_model_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        hf.load_model(str(tmp_path), device="cpu", dtype=torch.float32)
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"model.path={tmp_path}: cannot be loaded: "):
+        hf.load_model(str(tmp_path), device="cpu", dtype=torch.float32)
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    saved(tmp_path)
+    tokenizer = character_tokenizer("abc")
+    tokenizer.save_pretrained(tmp_path)
+    assert hf.load_tokenizer(str(tmp_path)).eos_token_id == 1
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no EOS token, so completions cannot end; set eos_token"):
+        hf.load_tokenizer(str(tmp_path))
+
+
+def test_stop_tokens_are_the_tokenizers_and_the_generation_configs():
+    model, tokenizer = make_model(), character_tokenizer("abc")
+    model.generation_config.eos_token_id = [7, 1]
+    assert hf.stop_token_ids(model, tokenizer) == (1, 7)
+    model.generation_config.eos_token_id = None
+    assert hf.stop_token_ids(model, tokenizer) == (1,)
+
+
+def test_characters_survive_the_tiny_tokenizer():
+    tokenizer = character_tokenizer("0123456789+=;#")
+    ids = tokenizer("12+3=;#")["input_ids"]
+    assert len(ids) == 7
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "12+3=;#"
