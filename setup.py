@@ -1,12 +1,14 @@
 """Packaging. `kernels/` and `conf/` live at the top level and are packaged through links inside `fastgrpo/`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="fastgrpo",
     version="0.1.0",
-    description="Fast, lean GRPO training: fused Triton kernels, Megatron-core learner, vLLM sampler, one copy of the weights",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="Fast, lean GRPO training: fused Triton kernels and one copy of the policy's weights",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import string
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
@@ -89,3 +91,55 @@ def make_groups(shape: list[tuple[int, list[int]]], *, seed: int = 0) -> list[Sc
 
 
 RAGGED = [(7, [5, 1, 12]), (3, [4]), (11, [9, 9, 2, 6]), (1, [1, 3])]
+
+PRINTABLE = string.printable[:95]
+REWARDS = Path(__file__).with_name("example_rewards.py")
+
+
+def save_tiny_model(directory: Path, kind: str = "qwen2", *, max_length: int = 128, alphabet: str = PRINTABLE) -> str:
+    """A Hugging Face directory of a two-layer model with random weights and one token a character; returns its path."""
+    from transformers import AutoModelForCausalLM
+
+    from fastgrpo.models.tiny import character_tokenizer
+
+    tokenizer = character_tokenizer(alphabet)
+    shape = CONFIGS[kind](
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        max_position_embeddings=max_length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def small_run(model: str, *more: str, reward: str = "varied") -> list[str]:
+    """Overrides of a run whose steps take a tenth of a second; `reward` is a function of example_rewards.py."""
+    return [
+        f"model.path={model}",
+        "data=arithmetic",
+        "data.num_problems=40",
+        "data.eval_size=4",
+        f"reward.path={REWARDS}:{reward}",
+        "reward.num_workers=0",
+        "run.dir=run",
+        "run.trackers=[]",
+        "train.num_steps=2",
+        "train.prompts_per_step=4",
+        "train.learning_rate=1e-3",
+        "algorithm.group_size=4",
+        "sampling.max_new_tokens=6",
+        "eval.every=2",
+        *more,
+    ]
