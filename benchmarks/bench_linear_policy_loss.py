@@ -1,0 +1,56 @@
+"""linear_policy_loss against its own three cuBLAS GEMMs and the peers, from hidden states to gradients.
+
+Operations: 6 N H V (gradient in the forward pass). Its floor is the time of those GEMMs in this process.
+"""
+
+from __future__ import annotations
+
+import torch
+from harness import Table, Variant, compare
+from peers import from_hidden, problem
+
+from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
+
+KERNEL = "linear_policy_loss"
+SHAPES = ((32768, 4096, 151936), (16384, 2048, 151936), (4096, 4096, 128256), (8192, 896, 151936))
+SMOKE_SHAPES = ((64, 16, 300),)
+
+
+def bench(table: Table, *, smoke: bool = False) -> None:
+    dtype = torch.float32 if smoke else torch.bfloat16
+    for n, h, v in SMOKE_SHAPES if smoke else SHAPES:
+        p = problem(n, h, v, dtype, table.device, from_logits=False)
+        hidden, weight = p.hidden, p.weight
+        assert hidden is not None
+        assert weight is not None
+
+        def ours(logits_dtype=None, hidden=hidden, weight=weight, p=p):
+            return linear_policy_loss(hidden, weight, p.batch, p.objective, logits_dtype=logits_dtype).loss
+
+        runs = {"fastgrpo": ours}
+        if not smoke:
+            runs["fastgrpo bf16 tile"] = lambda ours=ours: ours(torch.bfloat16)
+        runs |= from_hidden(p)
+        variants = {name: (lambda run=run, leaves=(hidden, weight): Variant(run, leaves)) for name, run in runs.items()}
+        variants["three GEMMs"] = lambda hidden=hidden, weight=weight: Variant(gemms(hidden.detach(), weight.detach()))
+        x = f"N={n},H={h},V={v}"
+        medians = compare(table, KERNEL, x, variants, rounds=3 if smoke else 5, flops=6.0 * n * h * v)
+        if "fastgrpo" in medians and "three GEMMs" in medians:
+            ratio = medians["fastgrpo"] / medians["three GEMMs"]
+            table.add(KERNEL, "fastgrpo", "full", "over_gemms", "ratio", x, [ratio])
+
+
+def gemms(hidden: torch.Tensor, weight: torch.Tensor, rows: int = 4096):
+    """Z = X W^T, dX = Z W, dW = Z^T X in chunks of rows, nothing else: what the matrix units need."""
+    tile = hidden.new_empty(min(rows, hidden.shape[0]), weight.shape[0])
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        for start in range(0, hidden.shape[0], rows):
+            x = hidden[start : start + rows]
+            z = tile[: x.shape[0]]
+            torch.mm(x, weight.T, out=z)
+            torch.mm(z, weight, out=grad_hidden[start : start + rows])
+            torch.addmm(grad_weight, z.T, x, beta=float(start > 0), out=grad_weight)
+
+    return run

@@ -1,0 +1,154 @@
+"""Everything this project wants to know from a GPU, in one command and under nine minutes.
+
+    python benchmarks/gpu.py              correctness on the device, then benchmarks, table and plot
+    python benchmarks/gpu.py --smoke      the same code in seconds, on a CPU, at sizes that measure nothing
+
+Writes results/<GPU>-<commit>.csv and .html. Correctness first: a failure ends the run before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import bench_group_advantages
+import bench_linear_logprobs
+import bench_linear_policy_loss
+import bench_logprobs
+import bench_policy_loss
+import torch
+from harness import RESULTS, Table, copy_bandwidth
+
+from fastgrpo.kernels import reference
+from fastgrpo.kernels.logprobs import logprobs
+from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.policy_loss import policy_loss
+from fastgrpo.verify import VerifyConfig
+from fastgrpo.verify import main as verify
+
+BUDGET_S = 520
+BENCHMARKS = (
+    bench_linear_policy_loss,
+    bench_policy_loss,
+    bench_logprobs,
+    bench_linear_logprobs,
+    bench_group_advantages,
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, any device, results in --out only")
+    parser.add_argument("--out", type=Path, help="CSV to write; the plot lies beside it")
+    args = parser.parse_args(arguments)
+    started = time.monotonic()
+    if not args.smoke and not torch.cuda.is_available():
+        sys.exit("no CUDA device: `make gpu` measures on a GPU; --smoke only shows that the code runs")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    failures = correctness(device, smoke=args.smoke)
+    if failures:
+        print(f"correctness failed: {', '.join(failures)}; nothing was timed")
+        return 1
+    table = Table(device, deadline=started + BUDGET_S)
+    copy_bandwidth(table, 1 << 16 if args.smoke else 1 << 32)
+    for module in BENCHMARKS:
+        module.bench(table, smoke=args.smoke)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else "smoke"
+    path = args.out or RESULTS / f"{name}-{table.rows[0]['commit']}.csv"
+    table.write(path)
+    plot(table, path.with_suffix(".html"))
+    print(f"{time.monotonic() - started:.0f} s")
+    return 0
+
+
+def correctness(device: torch.device, *, smoke: bool) -> list[str]:
+    """Names of what is wrong on the device: the oracle suite, indices beyond 2^31, more than 65535 rows."""
+    dtypes = ("float32",) if smoke else ("float32", "bfloat16", "float16")
+    config = VerifyConfig(device=device.type, dtypes=dtypes)
+    if smoke:
+        config = VerifyConfig(device=device.type, dtypes=dtypes, num_tokens=16, hidden_size=8, vocab_size=60)
+    checks = {
+        "oracle": verify(config) == 0,
+        "more than 2^31 logits": far_rows(device, *((70, 61) if smoke else (16384, 151936))),
+        "more than 65535 rows": far_rows(device, *((70, 61) if smoke else (70000, 131))),
+        "bitwise repetition": repeats(device, *((70, 61) if smoke else (4096, 32001))),
+    }
+    for name, ok in checks.items():
+        print(f"{name:<28} {'ok' if ok else 'WRONG'}")
+    return [name for name, ok in checks.items() if not ok]
+
+
+def far_rows(device: torch.device, num_rows: int, num_columns: int) -> bool:
+    """The first and last rows of large logits agree with those rows alone in float64."""
+    logits = torch.randn(num_rows, num_columns, device=device, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.randint(0, num_columns, (num_rows,), device=device)
+    log_p, entropy = logprobs(logits, targets, entropy=True)
+    (grad,) = torch.autograd.grad(log_p.sum() + entropy.sum(), logits)
+    for rows in (slice(0, 4), slice(num_rows - 4, num_rows)):
+        exact = logits[rows].detach().double().requires_grad_()
+        want = reference.logprobs(exact, targets[rows], entropy=True)
+        (want_grad,) = torch.autograd.grad(want[0].sum() + want[1].sum(), exact)
+        if not torch.allclose(log_p[rows].double(), want[0], atol=2e-5, rtol=0.0):
+            return False
+        if (grad[rows].double() - want_grad).norm() > 3e-3 * want_grad.norm():
+            return False
+    return True
+
+
+def repeats(device: torch.device, num_rows: int, num_columns: int) -> bool:
+    """The same call twice gives the same bits."""
+    logits = torch.randn(num_rows, num_columns, device=device, dtype=torch.bfloat16).requires_grad_()
+    ones = torch.ones(num_rows, device=device)
+    batch = LossInputs(
+        targets=torch.randint(0, num_columns, (num_rows,), device=device),
+        advantages=torch.randn(num_rows, device=device),
+        token_weights=ones / num_rows,
+        old_logprobs=-10.0 * ones,
+    )
+    runs = []
+    for _ in range(2):
+        loss = policy_loss(logits, batch, Objective(entropy_coef=0.01)).loss
+        runs.append((loss, *torch.autograd.grad(loss, logits)))
+    return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def plot(table: Table, path: Path) -> None:
+    """Full times of every provider, a panel per kernel and shape."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    rows = [r for r in table.rows if r["metric"] == "time" and r["mode"] in ("full", "forward")]
+    panels: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:  # a full time replaces the forward time listed before it
+        panels.setdefault(f"{row['kernel']} {row['x']}", {})[row["provider"]] = row
+    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=list(panels))
+    for index, providers in enumerate(panels.values(), start=1):
+        values = list(providers.values())
+        p50 = [float(r["p50"]) for r in values]
+        figure.add_bar(
+            y=list(providers),
+            x=p50,
+            orientation="h",
+            error_x={
+                "type": "data",
+                "array": [float(r["p80"]) - m for r, m in zip(values, p50, strict=True)],
+                "arrayminus": [m - float(r["p20"]) for r, m in zip(values, p50, strict=True)],
+            },
+            row=index,
+            col=1,
+        )
+        figure.update_xaxes(title_text="ms, median with p20 and p80", row=index, col=1)
+    figure.update_layout(
+        height=260 * len(panels), showlegend=False, title=f"{table.rows[0]['gpu']}, {table.rows[0]['commit']}"
+    )
+    go.Figure(figure).write_html(path, include_plotlyjs="cdn")
+    print(f"plot written to {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""The GPU command runs from end to end, at sizes that measure nothing."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_gpu_command_smoke(tmp_path):
+    out = tmp_path / "smoke.csv"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(REPOSITORY / "benchmarks/gpu.py"), "--smoke", "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    rows = list(csv.DictReader(out.open()))
+    ours = {row["kernel"] for row in rows if row["provider"] == "fastgrpo"}
+    assert {"linear_policy_loss", "policy_loss", "logprobs", "linear_logprobs", "group_advantages"} <= ours
+    assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
+    assert {row["gpu"] for row in rows} == {"none (CPU smoke test)"}  # nobody mistakes this for a measurement
+    assert out.with_suffix(".html").exists()
+
+
+def test_without_a_gpu_nothing_is_measured():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(REPOSITORY / "benchmarks/gpu.py")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode != 0
+    assert "no CUDA device" in result.stderr
