@@ -16,6 +16,10 @@ from fastgrpo.config import Config, UserError
 
 RUNS = Path("runs")
 CONF = str(Path(__file__).resolve().parent / "conf")
+HYDRA_OPTIONS = frozenset(
+    "--hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc --config-path "
+    "-cp --config-name -cn --config-dir -cd --experimental-rerun --info -i".split()
+)
 
 
 def main() -> None:
@@ -34,6 +38,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `fastgrpo train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def fail(message: str) -> NoReturn:
@@ -69,6 +76,7 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int
 
         print(help_page.text(name))
         return 0
+    refuse_unknown_options(arguments)
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -80,6 +88,8 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int
     def job(composed: Any) -> None:
         nonlocal started
         started = True
+        if any(code > 128 for code in codes):  # a signal that stopped one run of a sweep stops the sweep
+            return
         if HydraConfig.get().mode == RunMode.MULTIRUN and value_of(arguments, "run.dir") is None:
             composed.run.dir = HydraConfig.get().runtime.output_dir
         try:
@@ -89,14 +99,15 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int
 
     # Hydra would print its own traceback and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [f"fastgrpo {name}", *arguments]
+    # Its parser wants all settings in a row, wherever the user put the options.
+    sys.argv = [f"fastgrpo {name}", *sorted(arguments, key=is_setting)]
     try:
         with hydra_errors_in_one_line():
             hydra.main(version_base="1.3", config_path=CONF, config_name=name)(job)()
     except OSError as error:
         if started:
             raise
-        raise UserError(f"run.dir: {error.filename} cannot be made ({error.strerror}); choose another") from None
+        raise UserError(f"hydra.sweep.dir: {error.filename} cannot be made ({error.strerror}); choose another") from None
     if mistakes:
         raise mistakes[0]
     return max(codes, default=0)
@@ -149,6 +160,18 @@ def _evaluate(config: Config, text: str) -> int:
     for name, value in evaluate_only(config).items():
         print(f"{name:<24}{value:.4f}")
     return 0
+
+
+def refuse_unknown_options(arguments: list[str]) -> None:
+    """argparse would answer `--learning-rate 1e-4` with its whole usage."""
+    for argument in arguments:
+        if argument.startswith("-") and argument.split("=")[0] not in HYDRA_OPTIONS:
+            raise UserError(f"{argument}: no such option; settings are KEY=VALUE, such as train.learning_rate=1e-4")
+
+
+def is_setting(argument: str) -> bool:
+    """Whether it is KEY=VALUE, or Hydra's ~KEY, and no option."""
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 def value_of(arguments: list[str], key: str) -> str | None:
