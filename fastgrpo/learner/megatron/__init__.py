@@ -1,0 +1,1 @@
+"""The Megatron learner, the only room that imports megatron (docs/parallelism.md)."""

@@ -1,0 +1,101 @@
+"""What a model is made of, read once from its Hugging Face configuration; everything else here asks this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import UserError
+
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
+# A shard of the vocabulary is a multiple of 64 rows / TP: aligned for the head's GEMM, and vLLM's own padding.
+VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A dense decoder of the Llama family.
+
+    Example: Architecture(model_type="qwen3", num_layers=28, hidden_size=1024, ffn_size=3072, num_heads=16,
+                          num_kv_heads=8, head_size=128, vocab_size=151936, max_positions=40960, norm_eps=1e-6,
+                          tied=True, qkv_bias=False, qk_norm=True, inv_freq=tensor of 64, rope_scale=1.0)
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocab_size: int
+    """Rows of the embedding in the Hugging Face model, without the padding added here."""
+    max_positions: int
+    norm_eps: float
+    tied: bool
+    """The head is the embedding."""
+    qkv_bias: bool
+    qk_norm: bool
+    inv_freq: Tensor = field(compare=False, repr=False)
+    """(head_size / 2,) float32: the rotary embedding's frequencies, with any scaling applied."""
+    rope_scale: float = 1.0
+    """Cosine and sine are multiplied by it (yarn), which multiplies every attention score by its square."""
+
+    @classmethod
+    def of(cls, config: Any) -> Architecture:
+        """From a transformers configuration. Raises UserError where this learner cannot compute the model exactly."""
+        _check(config)
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        inv_freq, rope_scale = _rotary(config, head_size)
+        return cls(
+            model_type=config.model_type,
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            ffn_size=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_size=head_size,
+            vocab_size=config.vocab_size,
+            max_positions=config.max_position_embeddings,
+            norm_eps=config.rms_norm_eps,
+            tied=config.tie_word_embeddings,
+            qkv_bias=config.model_type == "qwen2",
+            qk_norm=config.model_type == "qwen3",
+            inv_freq=inv_freq,
+            rope_scale=rope_scale,
+        )
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """The vocabulary with rows added until every rank's shard is equally large."""
+        multiple = VOCAB_MULTIPLE if VOCAB_MULTIPLE % tp == 0 else VOCAB_MULTIPLE * tp
+        return -(-self.vocab_size // multiple) * multiple
+
+
+def _check(config: Any) -> None:
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"learner=megatron: model type {config.model_type!r} is not supported; use one of {', '.join(MODEL_TYPES)}"
+        )
+    if config.hidden_act != "silu":
+        raise UserError(f"learner=megatron: hidden_act={config.hidden_act!r} is not supported; use a model with silu")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, False):
+            raise UserError(f"learner=megatron: a model with {name}=true is not supported; use one without it")
+
+
+def _rotary(config: Any, head_size: int) -> tuple[Tensor, float]:
+    """((head_size / 2,) float32 frequencies, the factor on cosine and sine), computed as transformers does."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, head_size, 2, dtype=torch.float) / head_size
+        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    if kind not in ("linear", "llama3", "yarn"):  # the others' frequencies depend on the longest position of a batch
+        raise UserError(f"learner=megatron: rotary type {kind!r} is not supported; use default, linear, llama3 or yarn")
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config)
+    return inv_freq.float(), float(scale)

@@ -1,0 +1,131 @@
+"""How a model is cut over processes, and which cuts are possible: pure arithmetic, done before anything loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fastgrpo.config import UserError
+from fastgrpo.learner.megatron.architecture import Architecture
+
+NUM_SUGGESTIONS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The parallel sizes a user chooses; data parallelism takes the ranks that are left.
+
+    Example: Layout(tp=2, pp=2) on 8 processes trains 2 data-parallel copies of a model cut over 4 ranks each.
+    """
+
+    tp: int = 1
+    """Tensor parallel: every matrix, and the vocabulary, is cut over this many ranks."""
+    pp: int = 1
+    """Pipeline parallel: stages of consecutive layers."""
+    vpp: int = 1
+    """Virtual stages on each pipeline rank (interleaved schedule); 1 is the plain 1F1B schedule."""
+    sp: bool = False
+    """Sequence parallel: norms and residuals are cut along the tokens over the tp ranks."""
+    cp: int = 1
+    """Context parallel; not supported yet."""
+    ep: int = 1
+    """Expert parallel; not supported yet."""
+
+    @property
+    def num_model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.pp
+
+    def __str__(self) -> str:
+        parts = [f"tp={self.tp}", f"pp={self.pp}"]
+        parts += [f"vpp={self.vpp}"] if self.vpp > 1 else []
+        parts += ["sp=true"] if self.sp else []
+        return " ".join(parts)
+
+
+def data_parallel_size(layout: Layout, architecture: Architecture, world_size: int) -> int:
+    """How many copies of the model world_size processes hold.
+
+    Raises UserError, naming the key, the reason and the nearest possible layouts, where the layout is impossible.
+    """
+    problem = _problem(layout, architecture, world_size)
+    if problem is not None:
+        raise UserError(f"{problem}; {_suggest(layout, architecture, world_size)}")
+    return world_size // layout.num_model_ranks
+
+
+def _problem(layout: Layout, architecture: Architecture, world_size: int) -> str | None:
+    """What makes the layout impossible, or None."""
+    for name in ("tp", "pp", "vpp", "cp", "ep"):
+        if getattr(layout, name) < 1:
+            return f"learner.{name}={getattr(layout, name)}: must be at least 1"
+    return _unsupported(layout) or _misfit(layout, architecture) or _wrong_world(layout, world_size)
+
+
+def _unsupported(layout: Layout) -> str | None:
+    if layout.cp > 1:
+        return f"learner.cp={layout.cp}: context parallelism is not supported; use 1"
+    if layout.ep > 1:
+        return f"learner.ep={layout.ep}: the model has no experts; use 1"
+    if layout.sp and layout.tp == 1:
+        return "learner.sp=true: sequence parallelism cuts tokens over tensor-parallel ranks, and learner.tp=1"
+    if layout.vpp > 1 and layout.pp == 1:
+        return f"learner.vpp={layout.vpp}: virtual stages need a pipeline, and learner.pp=1"
+    return None
+
+
+def _misfit(layout: Layout, architecture: Architecture) -> str | None:
+    tp, heads, kv_heads = layout.tp, architecture.num_heads, architecture.num_kv_heads
+    if heads % tp:
+        return f"learner.tp={tp}: does not divide the model's {heads} attention heads"
+    if kv_heads % tp and tp % kv_heads:
+        return f"learner.tp={tp}: the model's {kv_heads} key/value heads can be neither cut nor replicated {tp} ways"
+    if architecture.ffn_size % tp:
+        return f"learner.tp={tp}: does not divide the model's feed-forward size {architecture.ffn_size}"
+    stages = layout.pp * layout.vpp
+    if architecture.num_layers % stages:
+        name = f"learner.pp={layout.pp}" + (f" x learner.vpp={layout.vpp}" if layout.vpp > 1 else "")
+        return f"{name}: does not divide the model's {architecture.num_layers} layers"
+    return None
+
+
+def _wrong_world(layout: Layout, world_size: int) -> str | None:
+    if world_size % layout.num_model_ranks:
+        return (
+            f"learner.tp={layout.tp} x learner.pp={layout.pp} = {layout.num_model_ranks} ranks a model: does not "
+            f"divide the {world_size} processes of this run"
+        )
+    return None
+
+
+def _suggest(layout: Layout, architecture: Architecture, world_size: int) -> str:
+    nearest = sorted(_possible(layout, architecture, world_size), key=lambda other: _distance(layout, other))
+    shown = ", ".join(f"[{other}]" for other in nearest[:NUM_SUGGESTIONS])
+    return f"possible with {world_size} process{'es' if world_size > 1 else ''}: {shown}"
+
+
+def _possible(layout: Layout, architecture: Architecture, world_size: int) -> Iterator[Layout]:
+    """Every (tp, pp) that works here, with as much of the rest as was asked for."""
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    for tp in sizes:
+        for pp in sizes:
+            wanted = replace(layout, tp=tp, pp=pp, sp=layout.sp and tp > 1, cp=1, ep=1)
+            for vpp in (max(1, layout.vpp) if pp > 1 else 1, 1):
+                candidate = replace(wanted, vpp=vpp)
+                if _problem(candidate, architecture, world_size) is None:
+                    yield candidate
+                    break
+
+
+def _distance(wanted: Layout, other: Layout) -> tuple[float, float, int]:
+    """Ranks a model first (its memory), then how far each size is from the one asked for, in doublings."""
+    return (
+        abs(_log2(wanted.num_model_ranks) - _log2(other.num_model_ranks)),
+        abs(_log2(wanted.tp) - _log2(other.tp)) + abs(_log2(wanted.pp) - _log2(other.pp)),
+        -other.tp,
+    )
+
+
+def _log2(size: int) -> float:
+    return math.log2(max(size, 1))

@@ -1,0 +1,120 @@
+"""Which layouts are possible: arithmetic alone, so every refusal comes before a model is loaded."""
+
+import pytest
+import torch
+
+from fastgrpo.config import UserError
+from fastgrpo.learner.megatron.architecture import Architecture
+from fastgrpo.learner.megatron.layout import Layout, data_parallel_size
+
+QWEN3_06B = Architecture(
+    model_type="qwen3",
+    num_layers=28,
+    hidden_size=1024,
+    ffn_size=3072,
+    num_heads=16,
+    num_kv_heads=8,
+    head_size=128,
+    vocab_size=151936,
+    max_positions=40960,
+    norm_eps=1e-6,
+    tied=True,
+    qkv_bias=False,
+    qk_norm=True,
+    inv_freq=torch.zeros(64),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "data_parallel"),
+    [
+        (Layout(), 1, 1),
+        (Layout(), 8, 8),
+        (Layout(tp=2, pp=2), 8, 2),
+        (Layout(tp=8, sp=True), 8, 1),
+        (Layout(tp=16), 16, 1),  # 8 key/value heads, each held twice
+        (Layout(pp=7, vpp=2), 14, 2),
+    ],
+)
+def test_possible_layouts(layout, world_size, data_parallel):
+    assert data_parallel_size(layout, QWEN3_06B, world_size) == data_parallel
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "message"),
+    [
+        (
+            Layout(tp=3),
+            6,
+            "learner.tp=3: does not divide the model's 16 attention heads; "
+            "possible with 6 processes: [tp=2 pp=1], [tp=1 pp=2], [tp=1 pp=1]",
+        ),
+        (
+            Layout(tp=2, pp=3),
+            6,
+            "learner.pp=3: does not divide the model's 28 layers; "
+            "possible with 6 processes: [tp=2 pp=1], [tp=1 pp=2], [tp=1 pp=1]",
+        ),
+        (
+            Layout(tp=2, pp=4),
+            12,
+            "learner.tp=2 x learner.pp=4 = 8 ranks a model: does not divide the 12 processes of this run; "
+            "possible with 12 processes: [tp=2 pp=2], [tp=1 pp=4], [tp=4 pp=1]",
+        ),
+        (
+            Layout(pp=4, vpp=3),
+            4,
+            "learner.pp=4 x learner.vpp=3: does not divide the model's 28 layers; "
+            "possible with 4 processes: [tp=1 pp=4], [tp=2 pp=2], [tp=4 pp=1]",
+        ),
+        (
+            Layout(sp=True),
+            1,
+            "learner.sp=true: sequence parallelism cuts tokens over tensor-parallel ranks, and learner.tp=1; "
+            "possible with 1 process: [tp=1 pp=1]",
+        ),
+        (
+            Layout(vpp=2),
+            2,
+            "learner.vpp=2: virtual stages need a pipeline, and learner.pp=1; "
+            "possible with 2 processes: [tp=1 pp=1], [tp=2 pp=1], [tp=1 pp=2 vpp=2]",
+        ),
+        (
+            Layout(tp=2, cp=2),
+            4,
+            "learner.cp=2: context parallelism is not supported; use 1; "
+            "possible with 4 processes: [tp=2 pp=1], [tp=1 pp=2], [tp=4 pp=1]",
+        ),
+        (
+            Layout(ep=2),
+            2,
+            "learner.ep=2: the model has no experts; use 1; "
+            "possible with 2 processes: [tp=1 pp=1], [tp=2 pp=1], [tp=1 pp=2]",
+        ),
+        (
+            Layout(tp=0),
+            1,
+            "learner.tp=0: must be at least 1; possible with 1 process: [tp=1 pp=1]",
+        ),
+    ],
+)
+def test_impossible_layouts_name_the_key_the_reason_and_the_nearest(layout, world_size, message):
+    with pytest.raises(UserError) as error:
+        data_parallel_size(layout, QWEN3_06B, world_size)
+    assert str(error.value) == message
+
+
+def test_key_value_heads_that_can_be_neither_cut_nor_replicated():
+    six = Architecture(**{**vars(QWEN3_06B), "num_heads": 24, "num_kv_heads": 6})
+    assert data_parallel_size(Layout(tp=12), six, 12) == 1
+    with pytest.raises(UserError, match="tp=4: the model's 6 key/value heads can be neither cut nor replicated 4 ways"):
+        data_parallel_size(Layout(tp=4), six, 4)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "padded"), [(509, 2, 512), (151936, 8, 151936), (17, 1, 64), (509, 3, 576)]
+)
+def test_the_vocabulary_is_padded_to_equal_shards(vocab_size, tp, padded):
+    architecture = Architecture(**{**vars(QWEN3_06B), "vocab_size": vocab_size})
+    assert architecture.padded_vocab_size(tp) == padded
+    assert padded % tp == 0
