@@ -1,0 +1,224 @@
+"""The model in Megatron's modules: its layers from a spec, with our norm and our packed attention, hidden states out.
+
+Letters: T packed rows, H hidden, A query heads, C key/value heads, D head size (A, C per tensor-parallel rank).
+Under sequence parallelism the residual stream holds T / tp rows on each rank; attention always sees all T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
+from fastgrpo.learner.megatron.architecture import Architecture
+from fastgrpo.learner.megatron.layout import Layout
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight. Megatron's own needs transformer-engine or refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=_device()), requires_grad=True
+        )
+        # Each rank sees only its tokens then, so finalize_model_grads must sum the gradient over tensor parallelism.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+@dataclass
+class SegmentParams(PackedSeqParams):
+    """Carries a batch's attention plan through Megatron's layers to SegmentAttention.
+
+    qkv_format is left None: positions and segments are ours, so Megatron's handling of `thd` must not apply.
+    """
+
+    plan: SegmentPlan | None = None
+
+
+class SegmentAttention(nn.Module):
+    """The core attention over the segments of a PackedBatch, built by Megatron's SelfAttention."""
+
+    def __init__(self, *, config: TransformerConfig, softmax_scale: float, **_: Any) -> None:
+        super().__init__()
+        assert config.context_parallel_size == 1
+        self.scale = softmax_scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, *, packed_seq_params, **_: Any) -> Tensor:
+        """q (T, 1, A, D), k and v (T, 1, C, D), rotated -> (T, 1, A*D)."""
+        out = segment_attention(q[:, 0], k[:, 0], v[:, 0], packed_seq_params.plan, scale=self.scale)
+        return out.flatten(1)[:, None]
+
+
+class HiddenStatesModel(GPTModel):
+    """GPTModel whose last stage returns the normalised hidden states: logits exist only inside the loss head."""
+
+    def __init__(self, architecture: Architecture, config: TransformerConfig, **kwargs: Any) -> None:
+        tp = config.tensor_model_parallel_size
+        super().__init__(
+            config=config,
+            transformer_layer_spec=_block_spec(architecture, config, kwargs.get("vp_stage")),
+            vocab_size=architecture.padded_vocab_size(tp),
+            max_sequence_length=architecture.max_positions,
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=architecture.tied,
+            **kwargs,
+        )
+        self.architecture = architecture
+        inv_freq = torch.cat([architecture.inv_freq, architecture.inv_freq])  # (D,)
+        self.register_buffer("inv_freq", inv_freq.to(_device()), persistent=False)
+
+    def _preprocess(self, *, position_ids: Tensor, **kwargs: Any) -> tuple:
+        """Megatron's, with each row rotated by its own position: a completion's go on from its prompt's end."""
+        embedded, _, *rest = super()._preprocess(position_ids=position_ids, **kwargs)
+        angles = position_ids[0, :, None].float() * self.inv_freq  # (T, D)
+        return embedded, angles[:, None, None, :], *rest
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V / tp, H): this rank's shard of the head; the embedding's where they are tied. Last stage only."""
+        assert self.post_process
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build(
+    architecture: Architecture, layout: Layout, *, dtype: torch.dtype, recompute: bool = False
+) -> list[HiddenStatesModel]:
+    """This rank's part of the model, a module per virtual stage, with weights that are not initialised.
+
+    recompute: keep only each layer's input and compute the layer again in the backward pass.
+    """
+    config = _transformer_config(architecture, layout, dtype=dtype, recompute=recompute)
+    chunks = []
+    for stage in range(layout.vpp):
+        place = {"vp_stage": stage if layout.vpp > 1 else None, "ignore_virtual": layout.vpp == 1}
+        chunk = HiddenStatesModel(
+            architecture,
+            config,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            vp_stage=place["vp_stage"],
+        )
+        chunks.append(chunk)
+    return chunks
+
+
+def _transformer_config(
+    architecture: Architecture, layout: Layout, *, dtype: torch.dtype, recompute: bool
+) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_size,
+        # Cosine and sine times a factor are scores times its square.
+        softmax_scale=architecture.rope_scale**2 * architecture.head_size**-0.5,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        sequence_parallel=layout.sp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        # Micro-batches differ in length. Megatron then wants this dispatcher, for dense models too.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # The interleaved schedule computes wrong activations with its default, batched sends.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        # Token weights are global, so losses and gradients are sums: with this flag neither the schedule (by
+        # micro-batches) nor DDP (by ranks) divides, and _finalize leaves out the division by the token count.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=_finalize,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        # These want transformer-engine or apex.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+    )
+
+
+def _block_spec(
+    architecture: Architecture, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=SegmentAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=RMSNorm if architecture.qk_norm else None,
+        k_layernorm=RMSNorm if architecture.qk_norm else None,
+    )
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    layer = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=ModuleSpec(module=MLP, submodules=mlp),
+        mlp_bda=get_bias_dropout_add,
+    )
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+    )
+
+
+def _finalize(chunks: list[nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Sum gradients over data parallelism, norms over tensor parallelism, tied embeddings over the pipeline's ends."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def _leave(weight: Tensor) -> Tensor:
+    """Every weight is loaded, so initialising it would be wasted."""
+    return weight
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

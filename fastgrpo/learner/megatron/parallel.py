@@ -1,0 +1,83 @@
+"""This process's place in a layout: Megatron's process groups, made once a process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from fastgrpo.config import UserError
+from fastgrpo.learner.megatron.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Sizes, ranks and groups of one process. Example: Parallel of rank 3 in tp=2 pp=2: tp_rank=1, pp_rank=1."""
+
+    layout: Layout
+    tp_rank: int
+    tp_group: Any
+    pp_rank: int
+    pp_group: Any
+    dp_size: int
+    dp_rank: int
+    dp_group: Any
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def last_stage(self) -> int:
+        """The global rank that holds the loss of this process's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.layout.pp - 1)
+
+
+def initialize(layout: Layout) -> Parallel:
+    """Make Megatron's process groups for a layout that data_parallel_size has accepted.
+
+    Raises UserError where the processes of the run have not met yet, ValueError where this process already has
+    another layout.
+    """
+    if not dist.is_initialized():
+        raise UserError(
+            "learner=megatron: no process group; start with torchrun --nproc-per-node N -m fastgrpo train …"
+        )
+    # With tensor parallelism before Blackwell, the collectives are hidden only where one connection keeps their order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            create_gloo_process_groups=False,
+        )
+        # Nothing in these models is random, so no generator is forked per layer.
+        initialize_rng_tracker(inference_rng_tracker=True)
+    made = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+    )
+    if made != (layout.tp, layout.pp, layout.vpp):
+        raise ValueError(f"this process already has the layout tp, pp, vpp = {made}; call destroy() before [{layout}]")
+    return Parallel(
+        layout=layout,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def destroy() -> None:
+    """Forget the layout, so that another can be made in this process."""
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,83 @@
+"""What is refused or left unread on the way in; the way there and back is in test_learner.py, in every layout."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from fastgrpo.config import UserError
+from fastgrpo.learner.megatron.architecture import Architecture
+from fastgrpo.learner.megatron.convert import rule_for
+from fastgrpo.learner.megatron.hf_weights import from_directory, from_tensors
+
+TINY = {
+    "vocab_size": 10,
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_queries_keys_and_values_are_ordered_by_key_value_head():
+    architecture = Architecture.of(transformers.Qwen2Config(**TINY))  # head size 2
+    rule = rule_for("decoder.layers.0.self_attention.linear_qkv.bias", architecture, tp=2)
+    assert rule.hf_names == tuple(f"model.layers.0.self_attn.{letter}_proj.bias" for letter in "qkv")
+    q, k, v = torch.arange(8), torch.arange(10, 14), torch.arange(20, 24)
+    fused = rule.fuse([q, k, v])
+    assert fused.tolist() == [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
+    assert [part.tolist() for part in rule.unfuse(fused)] == [q.tolist(), k.tolist(), v.tolist()]
+
+
+def test_the_vocabulary_gains_rows_of_zeros():
+    architecture = Architecture.of(transformers.Qwen2Config(**TINY))
+    rule = rule_for("embedding.word_embeddings.weight", architecture, tp=2)
+    fused = rule.fuse([torch.ones(10, 8)])
+    assert fused.shape == (64, 8)
+    assert fused.sum() == 80
+    (back,) = rule.unfuse(fused)
+    assert back.shape == (10, 8)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    read = from_directory(tmp_path)
+    assert torch.equal(read("a"), torch.ones(1))
+    with pytest.raises(UserError, match=r"the weights hold no tensor 'lm_head.weight'"):
+        read("lm_head.weight")
+
+
+def test_a_sharded_directory_is_read_through_its_index(tmp_path):
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TINY)).save_pretrained(tmp_path, max_shard_size="1KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert from_directory(tmp_path)("model.norm.weight").shape == (8,)
+
+
+def test_a_directory_without_safetensors_is_refused(tmp_path):
+    with pytest.raises(UserError, match="learner=megatron reads safetensors from a local directory"):
+        from_directory(tmp_path)
+
+
+def test_tensors_in_memory():
+    assert from_tensors({"a": torch.ones(2)})("a").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.GPT2Config(), "model type 'gpt2' is not supported; use one of llama, qwen2, qwen3"),
+        (transformers.LlamaConfig(**TINY, attention_bias=True), "a model with attention_bias=true is not supported"),
+        (transformers.LlamaConfig(**TINY, mlp_bias=True), "a model with mlp_bias=true is not supported"),
+        (transformers.Qwen2Config(**TINY, hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+        (
+            transformers.Qwen2Config(
+                **TINY, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+            ),
+            "rotary type 'dynamic' is not supported",
+        ),
+    ],
+)
+def test_models_that_would_be_computed_wrongly_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        Architecture.of(config)
