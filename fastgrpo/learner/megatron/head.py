@@ -1,0 +1,71 @@
+"""The loss head on the last stage: scored rows out of the hidden states, the objective on the vocabulary's shard."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from fastgrpo.kernels.linear_logprobs import linear_logprobs
+from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
+from fastgrpo.kernels.objective import LossInputs, LossOutput, Objective
+from fastgrpo.learner.megatron.model import HiddenStatesModel
+from fastgrpo.learner.megatron.parallel import Parallel
+from fastgrpo.types import PackedBatch
+
+
+def policy_loss(
+    model: HiddenStatesModel, hidden: Tensor, batch: PackedBatch, objective: Objective, parallel: Parallel
+) -> LossOutput:
+    """The micro-batch's loss, whole on every tensor-parallel rank.
+
+    hidden: (T, 1, H), or (T / tp, 1, H) under sequence parallelism. The head's gradient goes to its main_grad while
+    the loss is computed; hidden's is summed over tensor parallelism, by the head or on its way back to the shards.
+    """
+    inputs = LossInputs(
+        targets=batch.targets,
+        advantages=batch.advantages,
+        token_weights=batch.token_weights,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        importance_weights=batch.importance_weights,
+        cu_seqlens=batch.cu_scored,
+    )
+    return linear_policy_loss(
+        scored_rows(hidden, batch, parallel),
+        model.head_weight,
+        inputs,
+        objective,
+        tp_group=_split(parallel),
+        vocab_size=model.architecture.vocab_size,
+        grad_weight_buffer=model.head_weight.main_grad,  # type: ignore[attr-defined]
+        reduce_grad_hidden=not parallel.layout.sp,
+    )
+
+
+def logprobs(
+    model: HiddenStatesModel, hidden: Tensor, batch: PackedBatch, temperature: float, parallel: Parallel
+) -> Tensor:
+    """(N,) float32 logprobs of the scored tokens, the same on every tensor-parallel rank; hidden as in policy_loss."""
+    result = linear_logprobs(
+        scored_rows(hidden, batch, parallel),
+        model.head_weight,
+        batch.targets,
+        temperature=temperature,
+        tp_group=_split(parallel),
+        vocab_size=model.architecture.vocab_size,
+    )
+    assert isinstance(result, Tensor)
+    return result
+
+
+def scored_rows(hidden: Tensor, batch: PackedBatch, parallel: Parallel) -> Tensor:
+    """(N, H): the rows that predict a scored token."""
+    if parallel.layout.sp:
+        # Backward reduce-scatters: it sums the ranks' shares of the gradient, so the head must not.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    return hidden[:, 0].index_select(0, batch.hidden_rows)
+
+
+def _split(parallel: Parallel) -> torch.distributed.ProcessGroup | None:
+    return parallel.tp_group if parallel.layout.tp > 1 else None

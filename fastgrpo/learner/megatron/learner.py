@@ -1,0 +1,219 @@
+"""The learner for models that outgrow a device: Megatron-core's layers, schedules and optimizer, our loss head.
+
+Every rank of the job calls every method, with the batches of its own data-parallel rank; the ranks that share one
+copy of the model pass the same batches. What a method returns is the same on all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from fastgrpo.config import TrainConfig, UserError
+from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.megatron import convert, head, parallel
+from fastgrpo.learner.megatron.architecture import Architecture
+from fastgrpo.learner.megatron.convert import Read
+from fastgrpo.learner.megatron.cpu import megatron_on_cpu
+from fastgrpo.learner.megatron.hf_weights import from_directory
+from fastgrpo.learner.megatron.layout import Layout, data_parallel_size
+from fastgrpo.learner.megatron.microbatch import MicroBatch, prepare
+from fastgrpo.learner.megatron.model import HiddenStatesModel, build
+from fastgrpo.learner.megatron.optimizer import Optimizer
+from fastgrpo.learner.megatron.sums import reduce_sums
+from fastgrpo.learner.metrics import LossSums
+from fastgrpo.learner.optimizer import learning_rate
+from fastgrpo.types import PackedBatch, StepResult
+
+LossFunction = Callable[..., Any]
+
+
+class MegatronLearner:
+    """One rank's part of the policy, its optimizer and, where the KL term needs it, the reference.
+
+    architecture, read: what the model is and where its weights are read (convert.Read). num_updates: optimizer steps
+    of the whole run, for the learning-rate schedule. reference: load the reference model, from the same weights.
+
+    Raises UserError, before any weight is read, where the layout is impossible for the model or the job's size.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        read: Read,
+        layout: Layout,
+        config: TrainConfig,
+        *,
+        num_updates: int,
+        reference: bool = False,
+        dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
+    ) -> None:
+        data_parallel_size(layout, architecture, dist.get_world_size() if dist.is_initialized() else 1)
+        self.config, self.num_updates, self.policy_version = config, num_updates, 0
+        self.parallel = parallel.initialize(layout)
+        with megatron_on_cpu():
+            self.policy = build(architecture, layout, dtype=dtype, recompute=recompute)
+            convert.load(self.policy, read, self.parallel)
+            self.reference: list[HiddenStatesModel] | None = None
+            if reference:
+                self.reference = build(architecture, layout, dtype=dtype)
+                convert.load(self.reference, read, self.parallel)
+                for chunk in self.reference:
+                    chunk.eval().requires_grad_(False)
+            self.ddp = [_data_parallel(chunk) for chunk in self.policy]
+            self.optimizer = Optimizer(self.ddp, config, dtype)
+        self.device = self.policy[0].inv_freq.device
+
+    @classmethod
+    def from_pretrained(cls, path: str, layout: Layout, config: TrainConfig, **kwargs: Any) -> MegatronLearner:
+        """The learner of a local Hugging Face directory with safetensors. Raises UserError, naming model.path."""
+        from fastgrpo.models.hf import load_config
+
+        return cls(Architecture.of(load_config(path)), from_directory(path), layout, config, **kwargs)
+
+    # --- the update -------------------------------------------------------------------------------------------------
+
+    def update(self, batches: Iterable[PackedBatch], objective: Objective) -> StepResult:
+        """See Learner.update. Data-parallel ranks may pass different numbers of batches, also none: token weights are
+        global, so gradients are summed over everything and divided by nothing."""
+        with megatron_on_cpu():
+            sums = reduce_sums(self.accumulate(batches, objective), self.parallel, self.device)
+            grad_norm = self.optimizer.grad_norm()
+            metrics = sums.means()
+            rate = learning_rate(self.config, self.policy_version, self.num_updates)
+            skipped = not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"]))
+            if not skipped and sums.num_batches:
+                self.optimizer.step(rate, grad_norm)
+                self.policy_version += 1
+        return StepResult(
+            policy_version=self.policy_version,
+            loss=metrics.pop("loss"),
+            grad_norm=grad_norm,
+            skipped=skipped,
+            metrics={**metrics, "learning_rate": rate},
+        )
+
+    def accumulate(self, batches: Iterable[PackedBatch], objective: Objective) -> LossSums:
+        """Fresh gradients of all ranks' batches in every parameter's main_grad; returns this rank's sums."""
+        self.optimizer.zero_grad()
+        sums = LossSums()
+        for chunk in self.ddp:
+            chunk.train()
+
+        def loss_of(model: HiddenStatesModel, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
+            output = head.policy_loss(model, hidden, batch, objective, self.parallel)
+            if batch.num_scored:
+                sums.add(output, batch)
+            return output.loss, torch.ones((), dtype=torch.int), {}
+
+        with megatron_on_cpu():
+            self._run(self.ddp, prepare(batches, self.parallel.layout, self.device), loss_of)
+        return sums
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch, *, temperature: float, reference: bool = False) -> Tensor:
+        """See Learner.logprobs."""
+        chunks = self.reference if reference else self.policy
+        assert chunks is not None, "no reference model was loaded"
+        results: list[Tensor] = []
+
+        def keep(model: HiddenStatesModel, batch: PackedBatch, hidden: Tensor, **_: Any) -> None:
+            results.append(head.logprobs(model, hidden, batch, temperature, self.parallel))
+
+        for chunk in chunks:
+            chunk.eval()
+        with megatron_on_cpu():
+            self._run(chunks, prepare([batch], self.parallel.layout, self.device), keep, forward_only=True)
+        result = results[0] if results else torch.empty(batch.num_scored, device=self.device)
+        if self.parallel.layout.pp > 1:
+            dist.broadcast(result, src=self.parallel.last_stage, group=self.parallel.pp_group)
+        return result.cpu()
+
+    def _run(
+        self, chunks: list[Any], micro_batches: list[MicroBatch], of_hidden: LossFunction, *, forward_only: bool = False
+    ) -> None:
+        """Megatron's schedule over the micro-batches; of_hidden(model, batch, hidden) runs on the last stage."""
+
+        def forward(iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
+            item = next(iterator)
+            model = chunk if isinstance(chunk, HiddenStatesModel) else chunk.module
+            batch = item.batch
+            hidden = chunk(
+                input_ids=batch.token_ids[None],
+                position_ids=batch.position_ids[None],
+                attention_mask=None,
+                packed_seq_params=item.packed,
+            )
+            return hidden, partial(of_hidden, model, batch)
+
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].batch.num_tokens,  # micro-batches tell each other their real lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    # --- weights and state ------------------------------------------------------------------------------------------
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Learner.named_weights. Full tensors on every rank; all ranks of a model must go through it together."""
+        yield from convert.to_hf(self.policy, self.parallel)
+
+    @torch.no_grad()
+    def move_reference(self, share: float) -> None:
+        """See Learner.move_reference; nothing without a reference."""
+        if self.reference is None or share == 0.0:
+            return
+        theirs, ours = ([p for chunk in chunks for p in chunk.parameters()] for chunks in (self.reference, self.policy))
+        torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part: every rank must keep its own."""
+        return {
+            "place": self._place,
+            "policy": dict(convert.parameters(self.policy)),
+            "reference": None if self.reference is None else dict(convert.parameters(self.reference)),
+            "optimizer": self.optimizer.state_dict(),
+            "policy_version": self.policy_version,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on bit-identically. Raises UserError where the state was saved by another layout or rank."""
+        if state["place"] != self._place:
+            raise UserError(f"resume: the state of {state['place']} cannot be loaded into {self._place}")
+        _copy(self.policy, state["policy"])
+        if self.reference is not None:
+            _copy(self.reference, state["reference"])
+        with megatron_on_cpu():
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.policy_version = state["policy_version"]
+
+    @property
+    def _place(self) -> str:
+        here = self.parallel
+        return f"[{here.layout}] tp_rank={here.tp_rank} pp_rank={here.pp_rank}"
+
+
+def _data_parallel(chunk: HiddenStatesModel) -> DistributedDataParallel:
+    return DistributedDataParallel(chunk.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk)
+
+
+def _copy(chunks: list[HiddenStatesModel], saved: dict[str, Tensor]) -> None:
+    for name, param in convert.parameters(chunks):
+        param.copy_(saved[name])

@@ -1,0 +1,44 @@
+"""An update's sums over all data-parallel ranks, known on every rank of the job."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from fastgrpo.kernels.token_terms import RECORDS
+from fastgrpo.learner.megatron.parallel import Parallel
+from fastgrpo.learner.metrics import LossSums
+
+NAMES = (*RECORDS, "mismatch")
+
+
+def reduce_sums(local: LossSums, parallel: Parallel, device: torch.device) -> LossSums:
+    """The sums of the whole update: added over data parallelism on the last stages, then sent along each pipeline.
+
+    Which sums there are depends on the objective; ranks without a scored token have none, hence the presence flags.
+    Collective over all ranks.
+    """
+    assert set(local.sums) <= set(NAMES), set(local.sums) - set(NAMES)
+    zero = torch.zeros((), device=device)
+    values = torch.stack([local.sums[name].double() if name in local.sums else zero.double() for name in NAMES])
+    flags = torch.tensor([name in local.sums for name in NAMES], dtype=torch.float64, device=device)
+    count = torch.tensor([local.num_batches], dtype=torch.float64, device=device)
+    added = torch.cat([values, flags, count])
+    largest = (zero if local.largest_mismatch is None else local.largest_mismatch).double().reshape(1)
+    if parallel.is_last_stage:
+        dist.all_reduce(added, group=parallel.dp_group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel.dp_group)
+    both = torch.cat([added, largest])
+    if parallel.layout.pp > 1:
+        dist.broadcast(both, src=parallel.last_stage, group=parallel.pp_group)
+    return _unpack(both)
+
+
+def _unpack(numbers: torch.Tensor) -> LossSums:
+    values, flags, count, largest = numbers.split([len(NAMES), len(NAMES), 1, 1])
+    result = LossSums()
+    present = flags.tolist()
+    result.sums = {name: value for name, value, flag in zip(NAMES, values, present, strict=True) if flag}
+    result.num_batches = int(count)
+    result.largest_mismatch = largest[0]
+    return result
