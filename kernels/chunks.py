@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastgrpo.kernels.cpu_linear import linear
+
 Span = tuple[int, int]
 """First token and the one behind the last."""
 
@@ -18,6 +20,7 @@ _CPU_STRIP_ELEMENTS = 1 << 20  # see torch_rows: a chunk of one strip computes i
 _CPU_TILE_ELEMENTS = 1 << 24
 _CPU_GEMM_ROWS = 256  # more rows do not make the CPU's GEMMs faster
 _GPU_TILE_FRACTION = 128  # 1.1 GB of an H200, 0.6 GB of an 80 GB card
+_ONEDNN_SUM = 1 << 21  # above this, adding oneDNN's product to dWeight costs more than MKL's accumulation loses
 _CPU_UPCAST_ROWS = 4096  # rows of a half-precision weight that are float32 at once on a CPU
 
 
@@ -81,9 +84,11 @@ def plan_units(num_tokens: int, chunk_size: int, bounds: Sequence[int] | None = 
     return units
 
 
-def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """tile (C, V) = hidden (C, H) @ weight (V, H) transposed, accumulated in float32 or wider."""
+def logits(tile: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (C, H) @ weight (V, H) transposed, (C, V), in float32 or wider; in the tile where that is free."""
     if tile.dtype == hidden.dtype == weight.dtype:
+        if _through_onednn(hidden):
+            return linear(hidden, weight)
         torch.mm(hidden, weight.T, out=tile)
     elif hidden.device.type == "cuda":
         torch.mm(hidden, weight.T, out_dtype=tile.dtype, out=tile)
@@ -92,10 +97,14 @@ def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor) -> None:
         for start in range(0, weight.shape[0], _CPU_UPCAST_ROWS):
             rows = slice(start, start + _CPU_UPCAST_ROWS)
             torch.mm(x, weight[rows].to(tile.dtype).T, out=tile[:, rows])
+    return tile
 
 
 def hidden_gradient_into(out: Tensor, dlogits: Tensor, weight: Tensor) -> None:
     """out (C, H) = dlogits (C, V) @ weight (V, H)."""
+    if dlogits.dtype == weight.dtype == out.dtype and _through_onednn(dlogits):
+        out.copy_(linear(dlogits, weight.T))
+        return
     if dlogits.dtype == weight.dtype == out.dtype and (out.device.type == "cuda" or out.dtype.itemsize >= 4):
         torch.mm(dlogits, weight, out=out)
         return
@@ -108,8 +117,17 @@ def hidden_gradient_into(out: Tensor, dlogits: Tensor, weight: Tensor) -> None:
 
 def weight_gradient_into(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool, scale: float = 1.0) -> None:
     """total (V, H) = scale * dlogits (C, V) transposed @ hidden (C, H), added to what is there unless `first`."""
+    if dlogits.dtype == hidden.dtype == total.dtype and _through_onednn(hidden) and total.numel() <= _ONEDNN_SUM:
+        product = linear(hidden.T, dlogits.T).T
+        torch.mul(product, scale, out=total) if first else total.add_(product, alpha=scale)
+        return
     factors = {"beta": 0.0 if first else 1.0, "alpha": scale}
     if total.device.type == "cuda" and dlogits.dtype == hidden.dtype != total.dtype:
         torch.addmm(total, dlogits.T, hidden, out_dtype=total.dtype, out=total, **factors)
     else:
         torch.addmm(total, dlogits.T.to(total.dtype), hidden.to(total.dtype), out=total, **factors)
+
+
+def _through_onednn(x: Tensor) -> bool:
+    """float32 on a CPU, where oneDNN takes half of MKL's time off Intel's processors (see cpu_linear.py)."""
+    return x.device.type == "cpu" and x.dtype == torch.float32

@@ -115,8 +115,7 @@ class LinearHead(Head):
         tile, x = self.tile[: span[1] - span[0]], self._chunk(span)
         if self.temperature != 1.0 and not self.triton:  # (n, H) is narrower than (n, V)
             x = x.to(tile.dtype) / self.temperature
-        chunks.logits_into(tile, x, self.weight)
-        return tile
+        return chunks.logits(tile, x, self.weight)
 
     def gradient_tile(self, tile: Tensor, span: Span) -> Tensor:
         """The GEMMs of the backward pass want dlogits in hidden's dtype."""
