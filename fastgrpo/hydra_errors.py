@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 
+from hydra.errors import OverrideParseException
+
 from fastgrpo.help import all_keys, group_choices
 
 
@@ -12,11 +14,14 @@ def explain(error: BaseException) -> str:
     """One line for whatever the composition of a configuration raises."""
     chain = list(_chain(error))
     text = "\n".join(str(link) for link in chain)
+    unreadable = next((link.override for link in chain if isinstance(link, OverrideParseException)), None)
+    if unreadable is not None:
+        return _unreadable(unreadable)
     for pattern, say in (
         (r"Could not override '([^']+)'", _unknown_key),
         (r"Key '([^']+)' not in '[^']+'[\s\S]*?full_key: (\S+)", lambda _, full: _unknown_key(full)),
         (r"Could not find '([\w]+)/([^']+)'", _unknown_choice),
-        (r"Error parsing override '([^']*)'", _unreadable),
+        (r"Ambiguous value for argument '([^']+)'", _several),
         (r"Error merging override (\S+?)=(.*)", lambda key, value: _wrong_type(key, value, text)),
     ):
         found = re.search(pattern, text)
@@ -47,10 +52,19 @@ def _unknown_choice(group: str, choice: str) -> str:
 
 
 def _wrong_type(key: str, value: str, text: str) -> str:
-    kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
-    found = re.search(r"could not be converted to (\w+)|is not a valid (\w+)", text)
+    kinds = {
+        "Integer": "a whole number",
+        "Float": "a number",
+        "bool": "true or false",
+        "ListConfig": f"a list: [{value.strip()}]",
+    }
+    found = re.search(r"could not be converted to (\w+)|is not a valid (\w+)|is not a (ListConfig)", text)
     kind = kinds.get(next(filter(None, found.groups())), "") if found else ""
     return f"{key}={value.strip()}: wrong type; give {kind or 'a value as `fastgrpo train --help` shows'}"
+
+
+def _several(override: str) -> str:
+    return f"{override}: several values; add --multirun for a run with each, or write a list as KEY=[A,B]"
 
 
 def _unreadable(override: str) -> str:

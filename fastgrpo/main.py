@@ -16,10 +16,10 @@ from fastgrpo.config import Config, UserError
 
 RUNS = Path("runs")
 CONF = str(Path(__file__).resolve().parent / "conf")
-HYDRA_OPTIONS = frozenset(
-    "--hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc --config-path "
-    "-cp --config-name -cn --config-dir -cd --experimental-rerun --info -i".split()
-)
+HYDRA_OPTIONS = (
+    "--hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
+    "--config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i"
+).split()  # noqa: SIM905
 
 
 def main() -> None:
@@ -107,7 +107,8 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int
     except OSError as error:
         if started:
             raise
-        raise UserError(f"hydra.sweep.dir: {error.filename} cannot be made ({error.strerror}); choose another") from None
+        reason = f"{error.filename} cannot be made ({error.strerror})"
+        raise UserError(f"hydra.sweep.dir: {reason}; choose another") from None
     if mistakes:
         raise mistakes[0]
     return max(codes, default=0)
