@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -187,8 +187,10 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a write that failed the buffers cannot be flushed either, and the first error is the one to tell.
+        with nullcontext() if kind is None else suppress(OSError):
+            self.close()
 
 
 def iter_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:

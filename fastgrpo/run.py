@@ -18,6 +18,8 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
     text: the resolved configuration as YAML, kept as run.dir/config.yaml. Raises UserError for what the user can mend.
     """
     warnings = validate(config)
+    from safetensors import SafetensorError
+
     from fastgrpo.assemble import assemble
     from fastgrpo.report import write_report
     from fastgrpo.signals import StopRequest
@@ -28,20 +30,22 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
     with assemble(config, reward) as parts:
         for warning in warnings:
             parts.console.message(f"warning: {warning}")
-        (run_dir / "config.yaml").write_text(text, encoding="utf-8")
         try:
+            _point_latest_to(run_dir)
+            (run_dir / "config.yaml").write_text(text, encoding="utf-8")
             with StopRequest(parts.console.message) as stop:
                 train(parts, stop)
-        except OSError as error:
+            if stop.signum is None and config.checkpoint.export:
+                parts.export(run_dir / "hf")
+            page = write_report(run_dir)
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"run.dir={config.run.dir}: {error}; make room or mend the disk, then go on with resume=auto "
                 "(checkpoints written before are whole)"
             ) from error
-        if stop.signum is None and config.checkpoint.export:
-            parts.export(run_dir / "hf")
-        page = write_report(run_dir)
         if stop.signum is None:
-            parts.console.message(f"done: the policy is in {run_dir / 'hf'}, the report in {page}")
+            policy = f"the policy is in {run_dir / 'hf'}, " if config.checkpoint.export else ""
+            parts.console.message(f"done: {policy}the report in {page}")
         else:
             parts.console.message(f"stopped after step {parts.step}, saved; go on with run.dir={run_dir} resume=auto")
     return stop.signum
@@ -57,6 +61,11 @@ def evaluate_only(config: Config) -> dict[str, float]:
     from fastgrpo.sampler.torch_sampler import TorchSampler
 
     tokenizer, prompts = load_data(config)
+    if not prompts.eval:
+        raise UserError(
+            f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
+            "data.eval_path"
+        )
     model = load_model(config, tokenizer, prompts, print)
     params = sampling_params(config, hf.stop_token_ids(model, tokenizer))
     limit = config.eval.max_new_tokens or params.max_new_tokens
@@ -75,7 +84,7 @@ def evaluate_only(config: Config) -> dict[str, float]:
 
 
 def _claim(run_dir: Path, config: Config) -> None:
-    """Make the run's directory and point runs/latest to it."""
+    """Make the run's directory, if it can be written and is nobody else's."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK):
@@ -84,6 +93,9 @@ def _claim(run_dir: Path, config: Config) -> None:
         raise UserError(f"run.dir={config.run.dir}: cannot be written: {error}; choose another") from error
     if config.resume == "no" and (run_dir / "metrics.jsonl").exists():
         raise UserError(f"run.dir={config.run.dir} holds a run already: set resume=auto or another run.dir")
+
+
+def _point_latest_to(run_dir: Path) -> None:
     runs = Path("runs").resolve()
     if runs in run_dir.resolve().parents:
         link, fresh = runs / "latest", runs / ".latest"

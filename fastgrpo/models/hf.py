@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ def load_model(path: str, *, device: str, dtype: torch.dtype) -> CausalLM:
         model: CausalLM = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, attn_implementation=ATTENTION
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
     return prepare(model.to(device))
 
