@@ -64,7 +64,8 @@ def train(run: Run, stop: StopRequest) -> None:
     weights.share(run.learner, run.sampler)
     if run.step == 0:
         record(run, evaluate_if_due(run), last=False)
-    while run.step < config.train.num_steps and stop.signum is None:
+    stopping = stop.signum is not None
+    while run.step < config.train.num_steps and not stopping:
         run.step += 1
         groups, row = collect(run)  # sample, reward
         groups = relate(run, groups)  # advantages
@@ -76,7 +77,8 @@ def train(run: Run, stop: StopRequest) -> None:
         run.log.write_samples(
             [s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.decode, run.step, "train")]
         )
-        record(run, row, last=run.step == config.train.num_steps or stop.signum is not None)
+        stopping = stop.signum is not None  # asked once: the step that ends the loop is the one that is saved
+        record(run, row, last=run.step == config.train.num_steps or stopping)
 
 
 def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
