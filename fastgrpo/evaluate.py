@@ -13,6 +13,7 @@ from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.types import Prompt, SamplingParams, ScoredGroup
 
 NUM_SHOWN = 8
+FAILURES = ("error_count", "timeout_count", "dropped_groups")
 CORRECT = 1.0
 """A completion is right where the first reward function gives it at least this."""
 
@@ -29,11 +30,19 @@ def evaluate(
     step: int,
 ) -> tuple[dict[str, float], list[Sample]]:
     """eval/accuracy (mean over all samples), eval/reward, eval/response_length, eval/truncated_fraction, and with
-    several samples a prompt eval/pass@k; and some completions to show. The same seed draws the same samples."""
-    groups = rewards.score(sampler.generate(prompts, num_samples, params, seed), decode).groups
+    several samples a prompt eval/pass@k; and some completions to show. The same seed draws the same samples.
+
+    Where reward functions failed eval/error_count, eval/timeout_count and eval/dropped_groups say how often; where
+    reward.on_error=drop leaves no group there is nothing else to say."""
+    result = rewards.score(sampler.generate(prompts, num_samples, params, seed), decode)
+    groups = result.groups
+    failures = {f"eval/{name}": count for name in FAILURES if (count := result.metrics[f"reward/{name}"])}
+    if not groups:
+        return failures, []
     right = torch.stack([correct(group) for group in groups])  # (prompts, samples)
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     metrics = {
+        **failures,
         "eval/accuracy": right.float().mean().item(),
         "eval/reward": torch.cat([group.rewards for group in groups]).mean().item(),
         "eval/response_length": sum(len(r.token_ids) for r in rollouts) / len(rollouts),

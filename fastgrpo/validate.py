@@ -148,6 +148,10 @@ def _combinations(config: Config) -> None:
             algorithm.reference.schedule,
             "algorithm.kl_coef=0 has no reference; set kl_coef, or schedule=fixed",
         )
+    if config.eval.num_prompts is not None and config.eval.num_prompts < 1:
+        refuse("eval.num_prompts", config.eval.num_prompts, "use a value of at least 1, null for all, or eval.every=0")
+    if config.eval.max_new_tokens is not None and config.eval.max_new_tokens < 1:
+        refuse("eval.max_new_tokens", config.eval.max_new_tokens, "use a value of at least 1")
     if config.eval.num_samples > 1 and config.eval.temperature == 0:
         refuse(
             "eval.num_samples", config.eval.num_samples, "greedy samples are all equal; set eval.temperature above 0"
@@ -163,9 +167,9 @@ def _places(config: Config) -> None:
     for key in ("data.path", "data.eval_path"):
         path = _get(config, key)
         if path is not None and config.data.source in ("jsonl", "parquet") and not Path(path).expanduser().is_file():
-            refuse(key, path, "no such file")
+            refuse(key, path, "no such file; correct the path")
     if config.data.source in ("jsonl", "parquet", "hub") and config.data.path is None:
-        refuse("data.path", None, f"data.source={config.data.source} needs it")
+        refuse("data.path", None, f"data.source={config.data.source} reads it; add data.path=... to the command")
 
 
 def _warnings(config: Config) -> list[str]:
