@@ -81,12 +81,14 @@ def load_data(config: Config) -> tuple[Any, PromptSets]:
         key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
         tokenizer = hf.load_tokenizer(config.model.tokenizer_path or config.model.path, key)
         context = hf.load_config(config.model.path).max_position_embeddings
-    room = context - config.sampling.max_new_tokens
+    key, limit = max(
+        ("sampling.max_new_tokens", config.sampling.max_new_tokens),
+        ("eval.max_new_tokens", config.eval.max_new_tokens or 0),
+        key=lambda entry: entry[1],
+    )
+    room = context - limit
     if room < 1:
-        raise UserError(
-            f"sampling.max_new_tokens={config.sampling.max_new_tokens}: the model's context of {context} tokens leaves "
-            "no room for a prompt; lower it"
-        )
+        raise UserError(f"{key}={limit}: the model's context of {context} tokens leaves no room for a prompt; lower it")
     prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_prompt_tokens=room)
     longest = max(len(prompt.token_ids) for prompt in prompts.train) + config.sampling.max_new_tokens
     if longest > config.learner.max_tokens_per_microbatch:
@@ -153,6 +155,8 @@ def assemble(config: Config, reward: Callable[..., Any] | None = None) -> Iterat
             learner.load_state_dict(learner_state)
             stream.load_state_dict(state["stream"])
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
+        if config.resume != "no":
+            checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
         log = MetricsLog(
             run_dir,
             config.run.trackers,

@@ -88,6 +88,12 @@ class Checkpoints:
             notify(f"checkpoint {path} is broken ({problem}); skipped")
         return None
 
+    def remove_after(self, step: int) -> None:
+        """Forget the future of a run that goes on from an older step, as its metrics do."""
+        for path in self._all():
+            if _step_of(path) > step:
+                shutil.rmtree(path)
+
     def _all(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"), key=_step_of, reverse=True)
 

@@ -304,7 +304,8 @@ class Config:
     seed: int = 0
     """Prompts' order, samples and everything else random derive from it."""
     resume: str = "no"
-    """no | auto (the newest whole checkpoint of run.dir, or of runs/latest) | a run's or checkpoint's path."""
+    """no | auto (the newest whole checkpoint of run.dir, or of runs/latest) | a run's or checkpoint's path.
+    Rows and checkpoints of later steps are removed from run.dir."""
     deterministic: bool = True
     """Bit-identical repetition; on a GPU it costs speed."""
     run: RunConfig = field(default_factory=RunConfig)
