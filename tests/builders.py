@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from functools import partial
 from pathlib import Path
 
@@ -92,17 +91,26 @@ def make_groups(shape: list[tuple[int, list[int]]], *, seed: int = 0) -> list[Sc
 
 RAGGED = [(7, [5, 1, 12]), (3, [4]), (11, [9, 9, 2, 6]), (1, [1, 3])]
 
-PRINTABLE = string.printable[:95]
 REWARDS = Path(__file__).with_name("example_rewards.py")
 
 
-def save_tiny_model(directory: Path, kind: str = "qwen2", *, max_length: int = 128, alphabet: str = PRINTABLE) -> str:
-    """A Hugging Face directory of a two-layer model with random weights and one token a character; returns its path."""
+def byte_tokenizer():
+    """One token a byte, made the way of Qwen's: transformers would turn any other kind for a Qwen2 into that."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def save_tiny_model(directory: Path, kind: str = "qwen2", *, max_length: int = 128) -> str:
+    """A Hugging Face directory of a two-layer model with random weights and one token a byte; returns its path."""
     from transformers import AutoModelForCausalLM
 
-    from fastgrpo.models.tiny import character_tokenizer
-
-    tokenizer = character_tokenizer(alphabet)
+    tokenizer = byte_tokenizer()
     shape = CONFIGS[kind](
         vocab_size=len(tokenizer),
         hidden_size=32,

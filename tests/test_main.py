@@ -1,0 +1,415 @@
+"""The command line: what it prints, what it refuses, and that a mistake is one line and exit code 2."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import REWARDS, small_run
+from hydra.core.singleton import Singleton
+
+from fastgrpo.help import all_keys
+from fastgrpo.main import main
+from fastgrpo.metrics import read_jsonl
+
+
+@pytest.fixture
+def call(workplace, monkeypatch, capsys):
+    """fastgrpo as a function: arguments -> (exit code, stdout, stderr)."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it
+    hydra_state = Singleton.get_state()
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastgrpo", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    yield run
+    Singleton.set_state(hydra_state)
+
+
+@pytest.fixture
+def refusal(call):
+    """The one line that a mistake gets: arguments -> stderr, after checking that nothing was trained."""
+
+    def run(*arguments: str) -> str:
+        code, _, err = call(*arguments)
+        assert code == 2
+        assert err.startswith("fastgrpo: ")
+        assert err.count("\n") == 1, err
+        assert err.endswith("\n")
+        assert not Path("run/metrics.jsonl").exists()
+        return err.removeprefix("fastgrpo: ").rstrip("\n")
+
+    return run
+
+
+CONFIGURATION = {
+    "unknown key": ("train.learning_rat=1", "train.learning_rat: no such key; did you mean train.learning_rate?"),
+    "key of another section": ("group_size=4", "group_size: no such key; did you mean algorithm.group_size?"),
+    "hopeless key": ("xyzzy=4", "xyzzy: no such key; `fastgrpo train --help` lists every key"),
+    "whole number": ("train.num_steps=many", "train.num_steps=many: wrong type; give a whole number"),
+    "fraction": ("train.num_steps=1.5", "train.num_steps=1.5: wrong type; give a whole number"),
+    "number": ("train.learning_rate=fast", "train.learning_rate=fast: wrong type; give a number"),
+    "truth": ("deterministic=perhaps", "deterministic=perhaps: wrong type; give true or false"),
+    "list": ("run.trackers=wandb", "run.trackers=wandb: wrong type; give a list: [wandb]"),
+    "value for a section": ("algorithm.reference=ema", "algorithm.reference=ema: wrong type; give"),
+    "dashes": (
+        "--learning-rate",
+        "--learning-rate: no such option; settings are KEY=VALUE, such as train.learning_rate=1e-4",
+    ),
+    "no value": ("faster", "faster: not understood; write KEY=VALUE"),
+    "several values": (
+        "algorithm=grpo,dapo",
+        "algorithm=grpo,dapo: several values; add --multirun for a run with each, or write a list as KEY=[A,B]",
+    ),
+    "group choice": (
+        "algorithm=ppo",
+        "algorithm=ppo: no such choice; use one of cispo, dapo, dr_grpo, grpo, gspo, rloo, sapo",
+    ),
+    "syntax": (
+        "data.system_prompt=[x",
+        "data.system_prompt=[x: not understood; write KEY=VALUE, and quote a value with special characters: "
+        "'KEY=\"VALUE\"'",
+    ),
+    "group of one": (
+        "algorithm.group_size=1",
+        "algorithm.group_size=1: advantage=std compares a completion with its siblings; use 2 or more",
+    ),
+    "not divisible": (
+        "train.num_minibatches=3",
+        "train.prompts_per_step=4: not divisible by train.num_minibatches=3; change one of them",
+    ),
+    "negative temperature": ("sampling.temperature=-1", "sampling.temperature=-1.0: use a value of at least 0"),
+    "no temperature": (
+        "sampling.temperature=0",
+        "sampling.temperature=0: greedy completions are all equal; use a value above 0 (eval may be greedy)",
+    ),
+    "unknown name": (
+        "algorithm.advantage=gae",
+        "algorithm.advantage=gae: choose one of std, mean, leave_one_out, process",
+    ),
+    "objective": (
+        "algorithm.surrogate=ppo",
+        "algorithm.surrogate='ppo': choose one of clip, cispo, sapo, reinforce",
+    ),
+    "negative KL": ("algorithm.kl_coef=-1", "algorithm.kl_coef=-1.0: use a value >= 0"),
+    "tracker": ("run.trackers=[paper]", "run.trackers=paper: choose any of tensorboard, wandb, mlflow"),
+    "micro-batch": (
+        "learner.max_tokens_per_microbatch=13",
+        "learner.max_tokens_per_microbatch=13: a prompt and its completion can have 14 tokens; raise it to at least "
+        "that",
+    ),
+    "completions that fill the context": (
+        "sampling.max_new_tokens=128",
+        "sampling.max_new_tokens=128: the model's context of 128 tokens leaves no room for a prompt; lower it",
+    ),
+    "evaluation beyond the context": (
+        "eval.max_new_tokens=128",
+        "eval.max_new_tokens=128: the model's context of 128 tokens leaves no room for a prompt; lower it",
+    ),
+    "evaluation of nothing": (
+        "eval.num_prompts=0",
+        "eval.num_prompts=0: use a value of at least 1, null for all, or eval.every=0",
+    ),
+    "no such resume": (
+        "resume=elsewhere",
+        "resume=elsewhere: no whole checkpoint there; give a run's directory, auto or no",
+    ),
+    "no such checkpoint": ("resume=elsewhere/checkpoints/step-000003", "resume=elsewhere/checkpoints/step-000003: no"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATION)
+def test_a_wrong_setting_is_refused_by_key_value_and_mend(name, refusal, tiny_qwen2):
+    override, expected = CONFIGURATION[name]
+    line = refusal("train", *small_run(tiny_qwen2, override))
+    assert line == expected or line.startswith((f"{expected} ", f"{expected}, ")), line
+
+
+JSONL = {
+    "broken line": (
+        '{"question": "a", "answer": "1"}\n{"question": \n',
+        r"questions.jsonl line 2 is not JSON \(Expecting value, column \d+\); mend or remove the line",
+    ),
+    "missing column": (
+        '{"prompt": "a", "answer": "1"}\n',
+        r"questions.jsonl line 1 has no column 'question' \(data.prompt_column\); its columns are prompt, answer",
+    ),
+    "missing answer": (
+        '{"question": "a"}\n{"question": "b"}\n',
+        r"questions.jsonl line [12] has no column 'answer' \(data.answer_column\); its columns are question; "
+        "data.answer_column=null is for data without answers",
+    ),
+    "empty file": ("", r"data.path=questions.jsonl has no rows; give a file with at least one"),
+    "too few": (
+        '{"question": "a", "answer": "1"}\n',
+        r"data.eval_size=1 leaves nothing to train on: questions.jsonl has 1 different prompts; .*",
+    ),
+    "too long": (
+        json.dumps({"question": "why? " * 30, "answer": "1"}) + '\n{"question": "b", "answer": "1"}\n',
+        r"prompt (train|eval)/0 \(questions.jsonl line 1\) has 150 tokens, more than the 122 that fit; raise "
+        r"data.max_prompt_tokens \(or lower sampling.max_new_tokens\), or set data.long_prompts=drop",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JSONL)
+def test_wrong_data_is_refused_by_file_and_line(name, refusal, tiny_qwen2):
+    content, expected = JSONL[name]
+    Path("questions.jsonl").write_text(content)
+    line = refusal("train", *small_run(tiny_qwen2, "data=jsonl", "data.path=questions.jsonl", "data.eval_size=1"))
+    assert re.fullmatch(expected, line), line
+
+
+def test_a_file_that_is_not_there_is_refused(refusal, tiny_qwen2):
+    line = refusal("train", *small_run(tiny_qwen2, "data=jsonl", "data.path=nowhere.jsonl"))
+    assert line == "data.path=nowhere.jsonl: no such file; correct the path"
+
+
+def test_a_choice_that_needs_a_value_asks_for_it(refusal, tiny_qwen2):
+    line = refusal("train", f"model.path={tiny_qwen2}", "data=jsonl")
+    assert line == "data.path=null: data.source=jsonl reads it; add data.path=... to the command"
+
+
+def test_a_real_data_set_needs_a_real_model(refusal):
+    Path("questions.jsonl").write_text('{"question": "a", "answer": "1"}\n')
+    line = refusal("train", "data.path=questions.jsonl", "run.dir=run")
+    assert line == "model.path=null: data.source=jsonl needs a model; give a Hugging Face directory or name"
+
+
+def edit_json(path: Path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture
+def broken_model(tiny_qwen2):
+    """A copy of the model in ./model, to be spoilt."""
+    shutil.copytree(tiny_qwen2, "model")
+    return Path("model")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(refusal, broken_model):
+    edit_json(broken_model / "tokenizer_config.json", eos_token=None)
+    assert refusal("train", *small_run("model")) == (
+        "model.path=model: the tokenizer has no EOS token, so completions cannot end; set eos_token in its "
+        "tokenizer_config.json, or model.tokenizer_path to another directory"
+    )
+
+
+def test_a_directory_without_a_model_is_refused(refusal):
+    Path("model").mkdir()
+    line = refusal("train", *small_run("model"))
+    assert line == "model.path=model: the directory has no config.json; give a Hugging Face model directory"
+
+
+def test_a_path_to_nothing_is_refused(refusal):
+    line = refusal("train", *small_run("./nowhere"))
+    assert line == "model.path=./nowhere: no such directory; give a Hugging Face model directory or a hub name"
+
+
+def test_an_unsupported_model_is_refused(refusal, broken_model):
+    edit_json(broken_model / "config.json", model_type="gpt2")
+    line = refusal("train", *small_run("model"))
+    assert line == "model.path=model: model type 'gpt2' is not supported; use one of qwen2, qwen3, llama"
+
+
+def test_a_model_without_weights_is_refused(refusal, broken_model):
+    (broken_model / "model.safetensors").unlink()
+    assert refusal("train", *small_run("model")).startswith("model.path=model: cannot be loaded: ")
+
+
+def test_weights_that_are_cut_short_are_refused(refusal, broken_model):
+    weights = broken_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert refusal("train", *small_run("model")).startswith("model.path=model: cannot be loaded: ")
+
+
+REWARD = {
+    "no module": ("no_such_module:score", r"reward.path=no_such_module:score does not import \(ModuleNotFound.*; .*"),
+    "no file": ("nowhere.py:score", r"reward.path=nowhere.py:score: there is no file nowhere.py \(.*\); correct .*"),
+    "no function": (f"{REWARDS}:score", r"reward.path=\S+:score: \S+ has no 'score'; it has .*varied.*"),
+    "broken file": ("broken.py:score", r"reward.path=broken.py:score does not import \(SyntaxError: .*\); mend .*"),
+    "text": (
+        f"{REWARDS}:text",
+        r"reward.path=\S+ on prompt train/\d+, completion 0 returned 'good' \(str\); return a finite number",
+    ),
+    "NaN": (
+        f"{REWARDS}:not_a_number",
+        r"reward.path=\S+ on prompt train/\d+, completion 0 returned nan; return a finite number",
+    ),
+    "wrong number": (
+        f"{REWARDS}:too_few",
+        r"reward.path=\S+ on prompt train/\d+ returned 1 values; return one per completion \(4\)",
+    ),
+    "unknown argument": (
+        f"{REWARDS}:needs_a_colour",
+        r"reward.path=\S+ asks for `colour`, which is neither one of .* nor a column of the data .*; .*",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REWARD)
+def test_a_wrong_reward_is_refused_by_path_and_sample(name, refusal, tiny_qwen2):
+    path, expected = REWARD[name]
+    Path("broken.py").write_text("def score(\n")
+    line = refusal("train", *small_run(tiny_qwen2, f"reward.path={path}"))
+    assert re.fullmatch(expected, line), line
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused(refusal, tiny_qwen2):
+    Path("file").write_text("")
+    line = refusal("train", *small_run(tiny_qwen2, "run.dir=file/run"))
+    assert re.fullmatch(r"run.dir=file/run: cannot be written: .*Not a directory.*; choose another", line), line
+
+
+def test_a_run_directory_that_holds_a_run_is_refused(call, tiny_qwen2):
+    assert call("train", *small_run(tiny_qwen2, "train.num_steps=1"))[0] == 0
+    before = Path("run/metrics.jsonl").read_bytes()
+    code, _, err = call("train", *small_run(tiny_qwen2))
+    assert code == 2
+    assert err == "fastgrpo: run.dir=run holds a run already: set resume=auto or another run.dir\n"
+    assert Path("run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_refused_command_leaves_nothing_behind(refusal, tiny_qwen2):
+    refusal("train", *small_run(tiny_qwen2, "run.dir=~/run", "sampling.temperature=-1"))
+    refusal("train", f"model.path={tiny_qwen2}", "sampling.temperature=-1")
+    refusal("train", "sampling.temperature=-1", "--multirun", "seed=0,1")
+    assert [path.name for path in Path().iterdir() if path.name != "runs"] == []
+    assert not Path("runs/latest").exists()
+
+
+def test_a_mistake_in_the_shell_is_one_line_and_exit_code_2(workplace, tiny_qwen2):
+    """In a process of its own, with nothing on stdout and no traceback."""
+    command = [sys.executable, "-m", "fastgrpo", "train", *small_run(tiny_qwen2, f"reward.path={REWARDS}:text")]
+    done = subprocess.run([*command, "reward.num_workers=1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"fastgrpo: reward.path=.* returned 'good' \(str\); return a finite number\n", done.stderr)
+
+
+def test_an_unknown_command_is_refused(refusal):
+    assert refusal("trian") == "'trian' is no command; use one of train, eval, report"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_without_a_command_it_says_how_to_use_it(arguments, call):
+    code, out, err = call(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: fastgrpo train|eval|report [KEY=VALUE ...]\n")
+    assert "`fastgrpo train --help` lists every key." in out
+
+
+def test_help_lists_every_key_with_its_meaning_and_every_choice(call):
+    code, out, _ = call("train", "--help")
+    assert code == 0
+    leaves = [key for key in all_keys() if not any(other.startswith(f"{key}.") for other in all_keys())]
+    assert len(leaves) > 90
+    for key in leaves:
+        assert f"\n  {key}=" in out, key
+    assert "  algorithm.group_size=8\n      G, completions per prompt.\n" in out
+    assert "  algorithm  cispo | dapo | dr_grpo | grpo | gspo | rloo | sapo\n" in out
+    assert "--multirun" in out
+    assert call("eval", "--help")[1].startswith("usage: fastgrpo eval [KEY=VALUE ...]\n")
+
+
+def test_cfg_prints_the_configuration_and_trains_nothing(call, tiny_qwen2):
+    code, out, err = call("train", *small_run(tiny_qwen2), "--cfg", "job")
+    assert (code, err) == (0, "")
+    assert f"\nmodel:\n  path: {tiny_qwen2}\n" in out
+    assert "\nalgorithm:\n  group_size: 4\n  advantage: std\n" in out
+    assert list(Path().iterdir()) == []
+
+
+def test_train_leaves_a_run_directory(call, tiny_qwen2):
+    code, out, err = call("train", *small_run(tiny_qwen2, "run.trackers=[tensorboard]"))
+    assert (code, err) == (0, "")
+    assert "a step       4 prompts x 4 completions = 16 sequences\n" in out
+    assert "done: the policy is in run/hf, the report in run/report.html\n" in out
+    left = {"checkpoints", "config.yaml", "hf", "metrics.jsonl", "report.html", "samples.jsonl", "tensorboard"}
+    assert {path.name for path in Path("run").iterdir()} == left
+    assert "  num_steps: 2\n" in Path("run/config.yaml").read_text()
+
+
+def test_runs_latest_points_to_the_newest_run(call, tiny_qwen2):
+    small = [argument for argument in small_run(tiny_qwen2, "train.num_steps=1") if "run.dir" not in argument]
+    assert call("train", *small, "run.dir=runs/mine/first")[0] == 0
+    assert Path("runs/latest").resolve() == Path("runs/mine/first").resolve()
+    assert call("train", *small, "run.name=mine", "seed=1")[0] == 0
+    assert Path("runs/latest").resolve().parent == Path("runs/mine").resolve()
+    assert len(read_jsonl("runs/latest/metrics.jsonl")) == 2
+    code, out, _ = call("train", *small, "train.num_steps=2", "resume=auto")
+    assert code == 0
+    assert f"resuming after step 1 from {Path('runs/latest').resolve()}" in out
+    assert len(list(Path("runs/mine").iterdir())) == 2
+
+
+def test_a_failed_start_does_not_take_runs_latest(call, tiny_qwen2):
+    small = [argument for argument in small_run(tiny_qwen2, "train.num_steps=1") if "run.dir" not in argument]
+    assert call("train", *small, "run.dir=runs/mine/first")[0] == 0
+    assert call("train", *small, "run.dir=runs/mine/second", "reward.path=nowhere.py:score")[0] == 2
+    assert Path("runs/latest").resolve() == Path("runs/mine/first").resolve()
+
+
+def test_multirun_gives_each_run_its_own_directory(call, tiny_qwen2):
+    small = [argument for argument in small_run(tiny_qwen2, "train.num_steps=1") if "run.dir" not in argument]
+    code, _, err = call("train", *small, "--multirun", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in Path("sweep").iterdir() if path.is_dir()) == ["0", "1"]
+    for number in (0, 1):
+        assert f"\nseed: {number}\n" in "\n" + Path(f"sweep/{number}/config.yaml").read_text()
+        assert len(read_jsonl(f"sweep/{number}/metrics.jsonl")) == 2
+
+
+def test_multirun_goes_on_after_a_mistake_and_says_it(call, tiny_qwen2):
+    small = [argument for argument in small_run(tiny_qwen2, "train.num_steps=1") if "run.dir" not in argument]
+    code, _, err = call("train", *small, "-m", "sampling.temperature=-1,1", "hydra.sweep.dir=sweep")
+    assert (code, err) == (2, "fastgrpo: sampling.temperature=-1.0: use a value of at least 0\n")
+    assert len(read_jsonl("sweep/1/metrics.jsonl")) == 2
+
+
+def test_report_writes_the_page_again(call, tiny_qwen2):
+    assert call("train", *small_run(tiny_qwen2, "train.num_steps=1"))[0] == 0
+    page = Path("run/report.html")
+    page.unlink()
+    assert call("report", "run.dir=run") == (0, "run/report.html\n", "")
+    assert "<html" in page.read_text()
+
+
+def test_report_of_no_run_is_refused(refusal):
+    assert refusal("report") == "run.dir=runs/latest: no metrics.jsonl there; give a run's directory"
+
+
+def test_eval_measures_a_model(call, tiny_qwen2):
+    small = [argument for argument in small_run(tiny_qwen2, reward="one") if "run.dir" not in argument]
+    code, out, err = call("eval", *small, "eval.num_samples=4", "eval.temperature=1")
+    assert (code, err) == (0, "")
+    values = {name: float(value) for name, value in (line.split() for line in out.splitlines())}
+    assert values["eval/accuracy"] == values["eval/reward"] == values["eval/pass@2"] == values["eval/pass@4"] == 1.0
+    assert 1.0 <= values["eval/response_length"] <= 6.0
+    assert list(Path().iterdir()) == []
+
+
+def test_eval_without_held_out_questions_is_refused(refusal, tiny_qwen2):
+    line = refusal("eval", *small_run(tiny_qwen2, "data.eval_size=0"))
+    assert line == "data.eval_size=0: no held-out questions to measure on; raise it or give data.eval_path"
+
+
+def test_a_llama_trains_too(call, tiny_llama):
+    assert call("train", *small_run(tiny_llama, "train.num_steps=1"))[0] == 0
+    assert json.loads(Path("run/hf/config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_path_selects_the_groups_that_go_with_it(call, tiny_qwen2):
+    """The quickstart's learning rate must not meet a real model."""
+    Path("q.jsonl").write_text('{"question": "a", "answer": "1"}\n')
+    _, out, _ = call("train", f"model.path={tiny_qwen2}", "data.path=q.jsonl", "reward=gsm8k", "--cfg", "job")
+    assert "\n  learning_rate: 1.0e-06\n" in out
+    assert "\n  source: jsonl\n" in out
+    assert "\n  path: fastgrpo.rewards.verifiable:gsm8k\n" in out
