@@ -16,10 +16,10 @@ from fastgrpo.config import Config, UserError
 
 RUNS = Path("runs")
 CONF = str(Path(__file__).resolve().parent / "conf")
-HYDRA_OPTIONS = (
+HYDRA_OPTIONS = (  # noqa: SIM905
     "--hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
     "--config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i"
-).split()  # noqa: SIM905
+).split()
 
 
 def main() -> None:
