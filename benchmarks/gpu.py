@@ -22,10 +22,11 @@ import torch
 from harness import RESULTS, Table, copy_bandwidth
 
 from fastgrpo.kernels import reference
+from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.logprobs import logprobs
 from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.kernels.policy_loss import policy_loss
-from fastgrpo.verify import VerifyConfig
+from fastgrpo.verify import VerifyConfig, make_case
 from fastgrpo.verify import main as verify
 
 BUDGET_S = 520
@@ -77,6 +78,7 @@ def correctness(device: torch.device, *, smoke: bool) -> list[str]:
         "more than 2^31 logits": far_rows(device, *((70, 61) if smoke else (16384, 151936))),
         "more than 65535 rows": far_rows(device, *((70, 61) if smoke else (70000, 131))),
         "bitwise repetition": repeats(device, *((70, 61) if smoke else (4096, 32001))),
+        "no host synchronisation": never_waits(device),
     }
     for name, ok in checks.items():
         print(f"{name:<28} {'ok' if ok else 'WRONG'}")
@@ -115,6 +117,27 @@ def repeats(device: torch.device, num_rows: int, num_columns: int) -> bool:
         loss = policy_loss(logits, batch, Objective(entropy_coef=0.01)).loss
         runs.append((loss, *torch.autograd.grad(loss, logits)))
     return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def never_waits(device: torch.device) -> bool:
+    """A training step through the head, token and sequence ratios, makes the host wait for nothing."""
+    problems = [
+        (make_case(num_tokens=96, hidden_size=64, vocab_size=1000, dtype=torch.bfloat16, device=device.type), objective)
+        for objective in (Objective(kl_coef=0.1, entropy_coef=0.01), Objective(ratio_level="sequence"))
+    ]
+    for strict in (False, True):  # compile first
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        try:
+            for case, objective in problems:
+                linear_policy_loss(case.hidden, case.weight, case.batch, objective, chunk_size=40).loss.backward()
+        except RuntimeError as error:
+            print(error)
+            return False
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    return True
 
 
 def plot(table: Table, path: Path) -> None:
