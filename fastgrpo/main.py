@@ -100,7 +100,7 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int
     # Hydra would print its own traceback and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Its parser wants all settings in a row, wherever the user put the options.
-    sys.argv = [f"fastgrpo {name}", *sorted(arguments, key=is_setting)]
+    sys.argv = [f"fastgrpo {name}", *sorted(map(open_mapping, arguments), key=is_setting)]
     try:
         with hydra_errors_in_one_line():
             hydra.main(version_base="1.3", config_path=CONF, config_name=name)(job)()
@@ -119,7 +119,7 @@ def compose(name: str, arguments: list[str]) -> tuple[Config, str]:
     import hydra
 
     with hydra_errors_in_one_line(), hydra.initialize_config_dir(CONF, version_base="1.3"):
-        return converted(hydra.compose(name, arguments))
+        return converted(hydra.compose(name, [open_mapping(argument) for argument in arguments]))
 
 
 def converted(composed: Any) -> tuple[Config, str]:
@@ -173,6 +173,22 @@ def refuse_unknown_options(arguments: list[str]) -> None:
 def is_setting(argument: str) -> bool:
     """Whether it is KEY=VALUE, or Hydra's ~KEY, and no option."""
     return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+
+
+def open_mapping(argument: str) -> str:
+    """A setting of a mapping whose names are the user's own, in the form that makes Hydra take a new name.
+
+    reward.kwargs.tags=x becomes ++reward.kwargs.tags=x, and reward.extra.short.weight=2 becomes
+    ++reward.extra={short: {weight: 2}}: OmegaConf makes a new RewardTerm of a whole mapping only.
+    """
+    key, equals, value = argument.lstrip("+").partition("=")
+    if not equals or not key.startswith(("reward.extra", "reward.kwargs", "data.chat_template_kwargs")):
+        return argument
+    if key.startswith("reward.extra."):
+        for name in reversed(key.removeprefix("reward.extra.").split(".")):
+            value = f"{{{name}: {value}}}"
+        key = "reward.extra"
+    return f"++{key}={value}"
 
 
 def value_of(arguments: list[str], key: str) -> str | None:
