@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgrpo.kernels.chunks import Span
 from fastgrpo.kernels.launch import row_shape, unspecialized
-from fastgrpo.kernels.logprobs import launch_statistics
+from fastgrpo.kernels.logprob_kernels import launch_statistics
 from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.kernels.objective_math import clamped_exp, kl_estimate, surrogate
 from fastgrpo.kernels.row_math import LOG2E, combine_ranks, row_statistics, write_row_gradient, write_zeros

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastgrpo.kernels import backend, group_advantages, logprobs, policy_rows_triton
+from fastgrpo.kernels import backend, group_advantages, logprob_kernels, logprobs, policy_rows_triton
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import LossInputs, Objective
@@ -36,8 +36,8 @@ TABLE = Path(__file__).with_name("aot_resources.json")
 CAPABILITIES = (80, 90, 100)
 VOCAB_SIZE = 152064
 KERNELS = {
-    "statistics": logprobs._statistics_kernel,
-    "gradient": logprobs._gradient_kernel,
+    "statistics": logprob_kernels.statistics_kernel,
+    "gradient": logprob_kernels.gradient_kernel,
     "policy": policy_rows_triton._policy_kernel,
     "sequence": policy_rows_triton._sequence_kernel,
     "group": group_advantages._group_kernel,
