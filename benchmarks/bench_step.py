@@ -11,7 +11,8 @@ of the model's own matrix products, from which the floor follows (step_workers/f
 
 The case: a Qwen2 made from nothing (4 layers, hidden 256, 4 query and 2 key heads, intermediate 1024, vocabulary 512:
 4.2M parameters), 8 prompts x 8 completions x exactly 64 tokens (the end token is forbidden on both sides), float32,
-no KL, one update per rollout, AdamW, gradient clipping. Every step of either side is checked to have sampled and
+no KL, one update per rollout from micro-batches of one group (TRL is fastest so, and both need least memory; see
+--groups-per-microbatch), AdamW, gradient clipping. Every step of either side is checked to have sampled and
 scored exactly that; tests/benchmarks/test_bench_step.py checks that both compute the same gradient.
 """
 
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = report.machine()
     print(f"{machine['device']}; {platform.system()} {platform.release()}\n")
     for prompt_length in args.prompt_lengths:
-        measured = measure(make_case(prompt_length, smoke=args.smoke), args)
+        measured = measure(make_case(prompt_length, args.groups_per_microbatch, smoke=args.smoke), args)
         print(report.table(measured), flush=True)
         rows += report.rows(measured)
     report.write_csv(args.out, rows, machine)
@@ -66,18 +67,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="counted steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument(
+        "--groups-per-microbatch",
+        type=int,
+        choices=(1, 2, 4, 8),
+        default=1,
+        help="of 8 groups, how many each side updates from at once; 8 is one micro-batch",
+    )
     parser.add_argument("--threads", type=int, help="threads of each side (default: OMP_NUM_THREADS, else all cores)")
     parser.add_argument("--out", type=Path, default=RESULTS / "step_cpu.csv", help="the CSV file")
     parser.add_argument("--smoke", action="store_true", help="a tiny case that shows only that everything runs")
     return parser.parse_args(arguments)
 
 
-def make_case(prompt_length: int, *, smoke: bool) -> Case:
+def make_case(prompt_length: int, groups_per_microbatch: int = 1, *, smoke: bool) -> Case:
     """The benchmark's case, or the tiny one; its directory is filled in by `measure`."""
     if smoke:
         sizes = {"prompts_per_step": 2, "group_size": 4, "new_tokens": 6, "num_prompts": 16}
         return Case(directory="", prompt_length=prompt_length, shape=SMOKE_SHAPE, **sizes)
-    return Case(directory="", prompt_length=prompt_length)
+    return Case(directory="", prompt_length=prompt_length, groups_per_microbatch=groups_per_microbatch)
 
 
 def measure(case: Case, args: argparse.Namespace) -> report.Measured:

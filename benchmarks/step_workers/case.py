@@ -46,6 +46,8 @@ class Case:
     max_grad_norm: float = 1.0
     clip_ratio: float = 0.2
     num_prompts: int = 256
+    groups_per_microbatch: int = 1
+    """Groups in one forward and backward pass of the update; prompts_per_step must be divisible by it."""
 
     @property
     def model_path(self) -> str:
@@ -54,6 +56,10 @@ class Case:
     @property
     def prompts_path(self) -> str:
         return str(Path(self.directory) / "prompts.jsonl")
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.prompts_per_step // self.groups_per_microbatch
 
     @property
     def num_sequences(self) -> int:

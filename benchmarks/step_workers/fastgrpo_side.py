@@ -1,16 +1,17 @@
-"""Our side: the product's own loop, fastgrpo.trainer.train, on a run assembled from a configuration.
+"""Our side: the product's own entry point and loop, fastgrpo.run.run and fastgrpo.trainer.train.
 
 The loop is stopped at the border of every step through the console, the last thing it calls in a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.assemble import assemble
+import fastgrpo.run
+from fastgrpo import trainer
 from fastgrpo.config import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -18,6 +19,7 @@ from fastgrpo.config import (
     Config,
     DataConfig,
     EvalConfig,
+    LearnerConfig,
     ModelConfig,
     RewardConfig,
     RunConfig,
@@ -25,8 +27,7 @@ from fastgrpo.config import (
     TrainConfig,
 )
 from fastgrpo.signals import StopRequest
-from fastgrpo.trainer import Run, train
-from fastgrpo.validate import validate
+from fastgrpo.trainer import Run
 from step_workers.case import Case, EvenShare
 from step_workers.gate import Gate
 
@@ -37,6 +38,7 @@ NEVER = 1_000_000
 
 def configuration(case: Case) -> Config:
     """The product's defaults but for what the case says; nothing is written but metrics and samples."""
+    group_tokens = case.prompt_length + case.group_size * case.new_tokens
     return Config(
         run=RunConfig(dir=str(Path(case.directory) / "run"), console="none", trackers=[]),
         model=ModelConfig(path=case.model_path),
@@ -63,6 +65,7 @@ def configuration(case: Case) -> Config:
             learning_rate=case.learning_rate,
             max_grad_norm=case.max_grad_norm,
         ),
+        learner=LearnerConfig(max_tokens_per_microbatch=case.groups_per_microbatch * group_tokens),
         cluster=ClusterConfig(device="cpu", dtype="float32"),
         eval=EvalConfig(every=0),
         checkpoint=CheckpointConfig(every=0),
@@ -71,13 +74,24 @@ def configuration(case: Case) -> Config:
 
 def run(case: Case, gate: Gate) -> None:
     """Train until the gate says stop."""
-    config, reward = configuration(case), EvenShare()
-    validate(config)
-    with assemble(config, reward=reward.fastgrpo) as parts:
+    reward, loop = EvenShare(), trainer.train
+
+    def gated(parts: Run, stop: StopRequest) -> None:
         counting = CountingLearner(parts.learner)
         parts.learner = counting
         parts.console = GatedConsole(parts, gate, reward, counting)
-        train(parts, StopRequest(print))
+        loop(parts, stop)
+
+    run_with(gated, configuration(case), reward.fastgrpo)
+
+
+def run_with(loop: Callable[[Run, StopRequest], None], config: Config, reward: Callable[..., list[float]]) -> None:
+    """fastgrpo.run.run, what `fastgrpo train` calls, with `loop` called where it calls fastgrpo.trainer.train."""
+    product, trainer.train = trainer.train, loop
+    try:
+        fastgrpo.run.run(config, "", reward)
+    finally:
+        trainer.train = product
 
 
 class CountingLearner:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.assemble import assemble
 from fastgrpo.trainer import collect, lay_out, relate
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -22,7 +21,7 @@ import bench_step  # noqa: E402
 from step_workers import fastgrpo_side  # noqa: E402
 from step_workers.case import EvenShare, Shape, prepare  # noqa: E402
 from step_workers.floor import step_flops  # noqa: E402
-from step_workers.gate import StepReport  # noqa: E402
+from step_workers.gate import Finished, StepReport  # noqa: E402
 from step_workers.report import quantiles  # noqa: E402
 
 
@@ -46,7 +45,7 @@ def run_smoke(tmp_path, *providers: str, prompt_lengths: tuple[str, ...] = ("5",
         "2",
     ]
     command += ["--steps", "2", "--warmup", "1", "--threads", "1", "--out", str(out), "--providers", *providers]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=dict(os.environ))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     for provider in providers:
         assert provider in done.stdout
@@ -91,10 +90,16 @@ def test_the_gradient_is_trls(case):
     pytest.importorskip("trl")
     from step_workers import trl_side
 
-    with assemble(fastgrpo_side.configuration(case), reward=EvenShare().fastgrpo) as run:
+    groups, ours = [], {}
+
+    def one_step(run, _):
         run.step = 1
-        groups = relate(run, collect(run)[0])
-        ours = gradients_of_an_update(run, groups)
+        groups.extend(relate(run, collect(run)[0]))
+        ours.update(gradients_of_an_update(run, groups))
+        raise Finished  # before anything is exported
+
+    with pytest.raises(Finished):
+        fastgrpo_side.run_with(one_step, fastgrpo_side.configuration(case), EvenShare().fastgrpo)
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     prompts = [group.group.prompt.token_ids for group in groups for _ in group.group.rollouts]
     inputs = {
@@ -132,7 +137,9 @@ def test_both_configurations_say_the_same(case):
     from step_workers import trl_side
 
     ours, theirs = fastgrpo_side.configuration(case), trl_side.configuration(case)
-    assert theirs.per_device_train_batch_size == ours.train.prompts_per_step * ours.algorithm.group_size
+    sequences = theirs.per_device_train_batch_size * theirs.gradient_accumulation_steps
+    assert sequences == ours.train.prompts_per_step * ours.algorithm.group_size
+    assert theirs.steps_per_generation == theirs.gradient_accumulation_steps
     assert (theirs.learning_rate, theirs.max_grad_norm) == (ours.train.learning_rate, ours.train.max_grad_norm)
     assert (theirs.adam_beta1, theirs.adam_beta2) == (ours.train.adam_beta1, ours.train.adam_beta2)
     assert (theirs.adam_epsilon, theirs.weight_decay) == (ours.train.adam_eps, ours.train.weight_decay)
