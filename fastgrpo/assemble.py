@@ -17,10 +17,12 @@ from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
 from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
 from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.protocol import Learner
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, tiny
 from fastgrpo.models.hf import CausalLM
+from fastgrpo.ranks import Ranks, started_by_torchrun
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.torch_sampler import TorchSampler
 from fastgrpo.trainer import Run
@@ -122,63 +124,100 @@ def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notif
     return hf.load_model(str(path), device="cpu", dtype=torch.float32)
 
 
+def make_learner(
+    config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, notify: Callable[[str], None]
+) -> tuple[Learner, CausalLM]:
+    """The learner, and the Hugging Face model to sample from: the learner's own, or a copy of it.
+
+    Raises UserError for what is wrong with the model or the layout.
+    """
+    train, learner = config.train, config.learner
+    num_updates = train.num_steps * train.updates_per_rollout * train.num_minibatches
+    needs_reference = config.algorithm.kl_coef > 0
+    if learner.kind == "torch":
+        model = load_model(config, tokenizer, prompts, notify)
+        reference = copy.deepcopy(model) if needs_reference else None
+        if learner.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return TorchLearner(model, train, num_updates=num_updates, reference=reference), model
+    if not started_by_torchrun():
+        raise UserError("learner=megatron: start it with torchrun --nproc-per-node N -m fastgrpo train ...")
+    try:
+        from fastgrpo.learner.megatron.layout import Layout
+        from fastgrpo.learner.megatron.learner import MegatronLearner
+    except ModuleNotFoundError as error:
+        raise UserError(f"learner=megatron: {error.name} is not installed; pip install fastgrpo[megatron]") from None
+    if config.model.path is None and ranks.is_main:
+        load_model(config, tokenizer, prompts, notify)  # leaves the warm-started model in the cache, for all ranks
+    ranks.barrier()
+    path = config.model.path or str(cached_path(config, ALPHABET))
+    device, dtype = device_of(config)
+    megatron = MegatronLearner.from_pretrained(
+        path,
+        Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp),
+        train,
+        num_updates=num_updates,
+        reference=needs_reference,
+        dtype=dtype,
+        recompute=learner.gradient_checkpointing,
+    )
+    return megatron, hf.load_model(path, device=device, dtype=dtype)
+
+
 @contextmanager
-def assemble(config: Config, reward: Callable[..., Any] | None = None) -> Iterator[Run]:
+def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = None) -> Iterator[Run]:
     """Everything a run needs, closed again at the end, also after an error.
 
-    reward: a function in place of reward.path. Raises UserError for whatever the user can mend.
+    ranks: this process's place in the job (ranks.join_job). reward: a function in place of reward.path.
+    Raises UserError for whatever the user can mend.
     """
     run_dir = Path(config.run.dir).expanduser()
     objective = objective_of(config)
     set_up_torch(config)
     with ExitStack() as stack:
         ledger = Ledger(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
-        console = Console(config.run.console, num_steps=config.train.num_steps, activity=lambda: ledger.part)
-        checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
+        mode = config.run.console if ranks.is_main else "none"
+        console = Console(mode, num_steps=config.train.num_steps, activity=lambda: ledger.part)
+        checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, ranks=ranks)
         checkpoint = find_checkpoint(config, checkpoints, console.message)
         # What is quick to find wrong comes first: functions, then data, then weights.
         rewards = stack.enter_context(Rewards(config.reward, reward))
         tokenizer, prompts = load_data(config)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
-        model = load_model(config, tokenizer, prompts, console.message)
-        sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
-        reference = copy.deepcopy(model) if objective.kl_coef > 0 else None
-        if config.learner.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        train = config.train
-        updates = train.num_steps * train.updates_per_rollout * train.num_minibatches
-        learner = TorchLearner(model, train, num_updates=updates, reference=reference)
+        learner, model = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
         state: dict[str, Any] = {"step": 0, "num_nonfinite": 0}
         if checkpoint is not None:
-            learner_state, state = checkpoint.load()
-            learner.load_state_dict(learner_state)
+            state = checkpoint.run_state()
+            learner.load(checkpoint.learner)
             stream.load_state_dict(state["stream"])
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
         if config.resume != "no":
             checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
-        log = MetricsLog(
-            run_dir,
-            config.run.trackers,
-            resume_step=state["step"] if checkpoint else _fresh_start(config, run_dir),
-            run_name=config.run.name,
-            config=asdict(config),
-            notify=console.message,
-        )
-        stack.enter_context(log)
-        console.banner(config.run.name, batch_algebra(config, prompts, model))
+        log = None
+        if ranks.is_main:
+            log = MetricsLog(
+                run_dir,
+                config.run.trackers,
+                resume_step=state["step"] if checkpoint else _fresh_start(config, run_dir),
+                run_name=config.run.name,
+                config=asdict(config),
+                notify=console.message,
+            )
+            stack.enter_context(log)
+        console.banner(config.run.name, batch_algebra(config, prompts, learner, model))
         stack.enter_context(console)
         yield Run(
             config=config,
             run_dir=run_dir,
             objective=objective,
-            sampling=sampling,
+            sampling=sampling_params(config, hf.stop_token_ids(model, tokenizer)),
             stream=stream,
             eval_prompts=prompts.eval,
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             learner=learner,
-            sampler=TorchSampler(model, max_sequences=config.sampler.max_sequences),
-            rewards=rewards,
+            sampler=TorchSampler(model, max_sequences=config.sampler.max_sequences) if learner.ranks.leads else None,
+            rewards=rewards if learner.ranks.leads else None,
             log=log,
             console=console,
             ledger=ledger,
@@ -222,28 +261,26 @@ def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def batch_algebra(config: Config, prompts: PromptSets, model: CausalLM) -> list[tuple[str, str]]:
+def batch_algebra(config: Config, prompts: PromptSets, learner: Learner, model: CausalLM) -> list[tuple[str, str]]:
     """What a step does, in numbers."""
-    train, group_size = config.train, config.algorithm.group_size
+    train, group_size, ranks = config.train, config.algorithm.group_size, learner.ranks
     sequences = train.prompts_per_step * group_size
     longest = max(len(p.token_ids) for p in prompts.train) + config.sampling.max_new_tokens
     num_params = sum(p.numel() for p in model.parameters())
     num_updates = train.updates_per_rollout * train.num_minibatches
     updates = f"{num_updates} update{'s' if num_updates > 1 else ''} of {sequences // train.num_minibatches}"
-    parameter = next(model.parameters())
     dropped = f", {prompts.num_dropped} too long and dropped" if prompts.num_dropped else ""
     duplicates = f", {prompts.num_duplicates} repeat a held-out one and are left out" if prompts.num_duplicates else ""
-    return [
-        (
-            "model",
-            f"{model.config.model_type}, {num_params / 1e6:.1f}M parameters, {parameter.dtype} on {parameter.device}",
-        ),
+    kind, where = model.config.model_type, f"{model.dtype} on {model.device}".removeprefix("torch.")
+    lines = [
+        ("model", f"{kind}, {num_params / 1e6:.1f}M parameters, {where}"),
         ("data", f"{len(prompts.train)} prompts to train on, {len(prompts.eval)} held out{dropped}{duplicates}"),
         ("a step", f"{train.prompts_per_step} prompts x {group_size} completions = {sequences} sequences"),
-        (
-            "",
-            f"of up to {longest} tokens, {updates}",
-        ),
+        ("", f"of up to {longest} tokens, {updates}"),
         ("micro-batch", f"up to {config.learner.max_tokens_per_microbatch} packed tokens"),
         ("run", f"{train.num_steps} steps, written to {config.run.dir}"),
     ]
+    if ranks.num_ranks > 1:
+        cut = f"tp={config.learner.tp} x pp={config.learner.pp} x {ranks.num_data_ranks} data parallel"
+        lines.insert(1, ("ranks", f"{ranks.num_ranks} = {cut}; {sequences / ranks.num_data_ranks:g} sequences each"))
+    return lines

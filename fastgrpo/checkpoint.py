@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent: written beside, verified, then renamed.
 
-A checkpoint is a directory checkpoints/step-000050 with learner.pt (weights, optimizer, reference), run.json (the
-step, the data's order) and manifest.json (every file's size and SHA-256). A kill at any moment leaves at worst a
-directory whose name starts with a dot, which the next save removes.
+A checkpoint is a directory checkpoints/step-000050 with learner/ (what the learner writes: weights, optimizer,
+reference), run.json (the step, the data's order) and manifest.json (every file's size and SHA-256). A kill at any
+moment leaves at worst a directory whose name starts with a dot, which the next save removes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastgrpo.config import UserError
+from fastgrpo.ranks import Ranks
 
 PARTIAL = ".partial-"
 
@@ -30,36 +29,40 @@ class Checkpoint:
     path: Path
     step: int
 
-    def load(self, map_location: str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-        """(the learner's state, the run's state)."""
-        learner = torch.load(self.path / "learner.pt", map_location=map_location, weights_only=True, mmap=True)
-        return learner, json.loads((self.path / "run.json").read_text())
+    @property
+    def learner(self) -> Path:
+        """The directory that the learner wrote."""
+        return self.path / "learner"
+
+    def run_state(self) -> dict[str, Any]:
+        """The step and the data's order."""
+        return json.loads((self.path / "run.json").read_text())
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, the newest `keep` of them."""
+    """The checkpoints of one run directory, the newest `keep` of them. Every rank of the job calls every method."""
 
-    def __init__(self, run_dir: Path, *, keep: int) -> None:
-        self.directory, self.keep = run_dir / "checkpoints", keep
+    def __init__(self, run_dir: Path, *, keep: int, ranks: Ranks | None = None) -> None:
+        self.directory, self.keep, self.ranks = run_dir / "checkpoints", keep, ranks or Ranks()
 
-    def prepare(self, step: int, learner: dict[str, Any], run: dict[str, Any]) -> Path:
+    def prepare(self, step: int, save_learner: Callable[[Path], None], run: dict[str, Any]) -> Path:
         """Write and verify a checkpoint beside the others; `publish` makes it count.
+
+        save_learner is called on every rank with the directory to write to.
 
         Raises UserError where the disk is full or the directory cannot be written; older checkpoints stay as they are.
         """
         partial = self.directory / f"{PARTIAL}step-{step:06d}"
         try:
-            self._remove_partial()
-            partial.mkdir(parents=True)
-            torch.save(learner, partial / "learner.pt")
-            (partial / "run.json").write_text(json.dumps({"step": step, **run}))
-            names = sorted(path.name for path in partial.iterdir())
-            for name in names:
-                _flush(partial / name)
-            files = {name: _fingerprint(partial / name) for name in names}
-            (partial / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
-            _flush(partial / "manifest.json")
-            _flush(partial)
+            if self.ranks.is_main:
+                self._remove_partial()
+                (partial / "learner").mkdir(parents=True)
+            self.ranks.barrier()
+            save_learner(partial / "learner")
+            self.ranks.barrier()
+            if self.ranks.is_main:
+                (partial / "run.json").write_text(json.dumps({"step": step, **run}))
+                _seal(partial, step)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
@@ -71,16 +74,20 @@ class Checkpoints:
     def publish(self, partial: Path) -> Checkpoint:
         """Give a prepared checkpoint its name and remove those beyond `keep`."""
         final = self.directory / partial.name.removeprefix(PARTIAL)
-        if final.exists():  # of a run that was resumed from an older step
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush(self.directory)
-        for old in self._all()[self.keep :]:
-            shutil.rmtree(old)
+        if self.ranks.is_main:
+            if final.exists():  # of a run that was resumed from an older step
+                shutil.rmtree(final)
+            partial.rename(final)
+            _flush(self.directory)
+            for old in self._all()[self.keep :]:
+                shutil.rmtree(old)
         return Checkpoint(path=final, step=_step_of(final))
 
     def newest(self, notify: Callable[[str], object]) -> Checkpoint | None:
         """The newest whole checkpoint; `notify` hears the name of each broken one that is skipped."""
+        return self.ranks.from_main(self._newest(notify) if self.ranks.is_main else None)
+
+    def _newest(self, notify: Callable[[str], object]) -> Checkpoint | None:
         for path in self._all():
             problem = find_problem(path)
             if problem is None:
@@ -90,7 +97,7 @@ class Checkpoints:
 
     def remove_after(self, step: int) -> None:
         """Forget the future of a run that goes on from an older step, as its metrics do."""
-        for path in self._all():
+        for path in self._all() if self.ranks.is_main else ():
             if _step_of(path) > step:
                 shutil.rmtree(path)
 
@@ -120,6 +127,18 @@ def find_problem(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"no readable manifest or file: {error}"
     return None
+
+
+def _seal(partial: Path, step: int) -> None:
+    """Force every file to the disk and list it in the manifest."""
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    for path in files:
+        _flush(path)
+    fingerprints = {str(path.relative_to(partial)): _fingerprint(path) for path in files}
+    (partial / "manifest.json").write_text(json.dumps({"step": step, "files": fingerprints}))
+    _flush(partial / "manifest.json")
+    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        _flush(folder)
 
 
 def _step_of(path: Path) -> int:

@@ -238,7 +238,15 @@ class LearnerConfig:
     """Who computes the update."""
 
     kind: str = "torch"
-    """torch: one Hugging Face model on one device."""
+    """torch: one Hugging Face model on one device.  megatron: the model cut over the processes of torchrun."""
+    tp: int = 1
+    """megatron: ranks over which every matrix and the vocabulary are cut (tensor parallel)."""
+    pp: int = 1
+    """megatron: stages of consecutive layers (pipeline parallel); the ranks that tp x pp leaves are data parallel."""
+    vpp: int = 1
+    """megatron: virtual stages on each pipeline rank."""
+    sp: bool = False
+    """megatron: cut norms and residuals along the tokens too (sequence parallel)."""
     max_tokens_per_microbatch: int = 16384
     """Packed tokens in one forward pass."""
     share_prompts: bool = True

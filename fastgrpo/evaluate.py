@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from fastgrpo.metrics import Sample
-from fastgrpo.rewards.scoring import Rewards
-from fastgrpo.sampler.protocol import Sampler
-from fastgrpo.types import Prompt, SamplingParams, ScoredGroup
+from fastgrpo.types import ScoredGroup
 
 NUM_SHOWN = 8
 FAILURES = ("error_count", "timeout_count", "dropped_groups")
@@ -18,25 +16,15 @@ CORRECT = 1.0
 """A completion is right where the first reward function gives it at least this."""
 
 
-def evaluate(
-    sampler: Sampler,
-    rewards: Rewards,
-    prompts: list[Prompt],
-    params: SamplingParams,
-    decode: Callable[[Tensor], str],
-    *,
-    num_samples: int,
-    seed: int,
-    step: int,
+def summarize(
+    groups: list[ScoredGroup], counts: Mapping[str, float], decode: Callable[[Tensor], str], step: int
 ) -> tuple[dict[str, float], list[Sample]]:
     """eval/accuracy (mean over all samples), eval/reward, eval/response_length, eval/truncated_fraction, and with
-    several samples a prompt eval/pass@k; and some completions to show. The same seed draws the same samples.
+    several samples a prompt eval/pass@k; and some completions to show.
 
-    Where reward functions failed eval/error_count, eval/timeout_count and eval/dropped_groups say how often; where
-    reward.on_error=drop leaves no group there is nothing else to say."""
-    result = rewards.score(sampler.generate(prompts, num_samples, params, seed), decode)
-    groups = result.groups
-    failures = {f"eval/{name}": count for name in FAILURES if (count := result.metrics[f"reward/{name}"])}
+    counts: the reward functions' failures. Where there were any, eval/error_count, eval/timeout_count and
+    eval/dropped_groups say so; where reward.on_error=drop leaves no group there is nothing else to say."""
+    failures = {f"eval/{name}": count for name in FAILURES if (count := counts.get(f"reward/{name}", 0.0))}
     if not groups:
         return failures, []
     right = torch.stack([correct(group) for group in groups])  # (prompts, samples)
@@ -49,7 +37,7 @@ def evaluate(
         "eval/truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
     }
     k = 2
-    while k <= num_samples:
+    while k <= right.shape[1]:
         metrics[f"eval/pass@{k}"] = pass_at(right, k)
         k *= 2
     shown = [sample for group in groups[:NUM_SHOWN] for sample in samples_of(group, decode, step, "eval")[:1]]

@@ -47,6 +47,7 @@ class Ledger:
         self._synchronize = synchronize
         self._clock = clock
         self._open = ["other"]
+        self._only: str | None = None
         self._ns = dict.fromkeys((*PARTS, "other"), 0)
         self._border = clock()
 
@@ -61,12 +62,21 @@ class Ledger:
         if part not in PARTS:
             raise ValueError(f"ledger part {part!r} is none of {', '.join(PARTS)}")
         self._charge()
-        self._open.append(part)
+        self._open.append(self._only or part)
         try:
             yield
         finally:
             self._charge()
             self._open.pop()
+
+    @contextmanager
+    def all_as(self, part: str) -> Iterator[None]:
+        """Charge whatever happens inside to `part`, whichever parts inner blocks name."""
+        before, self._only = self._only, part
+        try:
+            yield
+        finally:
+            self._only = before
 
     def step(self) -> dict[str, float]:
         """Seconds a part since the previous call (or since the ledger was made), and begin the next step."""

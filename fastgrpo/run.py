@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,28 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
     from safetensors import SafetensorError
 
     from fastgrpo.assemble import assemble
+    from fastgrpo.ranks import join_job
     from fastgrpo.report import write_report
     from fastgrpo.signals import StopRequest
     from fastgrpo.trainer import train
 
+    ranks = join_job()
+    # The default holds the time, which is not the same on every rank.
+    config = replace(config, run=replace(config.run, dir=ranks.from_main(config.run.dir)))
     run_dir = Path(config.run.dir).expanduser()
-    _claim(run_dir, config)
-    with assemble(config, reward) as parts:
+    if ranks.is_main:
+        _claim(run_dir, config)
+    with assemble(config, ranks, reward) as parts:
         for warning in warnings:
             parts.console.message(f"warning: {warning}")
         try:
-            _point_latest_to(run_dir)
-            (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+            if ranks.is_main:
+                _point_latest_to(run_dir)
+                (run_dir / "config.yaml").write_text(text, encoding="utf-8")
             with StopRequest(parts.console.message) as stop:
                 train(parts, stop)
+            if not ranks.is_main:
+                return stop.signum
             if stop.signum is None and config.checkpoint.export:
                 parts.export(run_dir / "hf")
             page = write_report(run_dir)
@@ -55,10 +64,11 @@ def evaluate_only(config: Config) -> dict[str, float]:
     """Held-out metrics of model.path. Raises UserError for what the user can mend."""
     validate(config)
     from fastgrpo.assemble import load_data, load_model, sampling_params
-    from fastgrpo.evaluate import evaluate
+    from fastgrpo.evaluate import summarize
     from fastgrpo.models import hf
     from fastgrpo.rewards.scoring import Rewards
     from fastgrpo.sampler.torch_sampler import TorchSampler
+    from fastgrpo.seeding import derive_seed
 
     tokenizer, prompts = load_data(config)
     if not prompts.eval:
@@ -69,18 +79,14 @@ def evaluate_only(config: Config) -> dict[str, float]:
     model = load_model(config, tokenizer, prompts, print)
     params = sampling_params(config, hf.stop_token_ids(model, tokenizer))
     limit = config.eval.max_new_tokens or params.max_new_tokens
+    params = replace(params, temperature=config.eval.temperature, max_new_tokens=limit)
+    sampler = TorchSampler(model, max_sequences=config.sampler.max_sequences)
+    seed = derive_seed(config.seed, "eval")
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    groups = sampler.generate(prompts.eval[: config.eval.num_prompts], config.eval.num_samples, params, seed)
     with Rewards(config.reward) as rewards:
-        metrics, _ = evaluate(
-            TorchSampler(model, max_sequences=config.sampler.max_sequences),
-            rewards,
-            prompts.eval[: config.eval.num_prompts],
-            replace(params, temperature=config.eval.temperature, max_new_tokens=limit),
-            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            num_samples=config.eval.num_samples,
-            seed=config.seed,
-            step=0,
-        )
-    return metrics
+        result = rewards.score(groups, decode)
+    return summarize(result.groups, result.metrics, decode, step=0)[0]
 
 
 def _claim(run_dir: Path, config: Config) -> None:

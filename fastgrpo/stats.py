@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from fastgrpo.algorithms.advantages import is_constant
 from fastgrpo.types import ScoredGroup, StepResult
 
+FAILURES = ("reward/error_count", "reward/timeout_count", "reward/dropped_groups")
 
-def of_rewards(groups: list[ScoredGroup], reward_metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Rewards, lengths and groups of all that was sampled in a step; counts add up over rounds of resampling.
+
+def of_rewards(groups: list[ScoredGroup], failures: Mapping[str, int]) -> dict[str, float]:
+    """Rewards, lengths and groups of all that was sampled in a step, over every round of resampling.
 
     tokens: prompt and completion tokens of every sequence, as if no prompt were shared, which is how peers count.
     """
-    row: dict[str, float] = {}
-    for metrics in reward_metrics:
-        for name, value in metrics.items():
-            row[name] = row.get(name, 0.0) + value if name.endswith(("_count", "_groups")) else value
+    row: dict[str, float] = {name: failures.get(name, 0) for name in FAILURES}
     row["groups/sampled"] = len(groups)
     if not groups:
         return row
     rewards = torch.cat([group.rewards for group in groups])
+    terms = groups[0].reward_terms if len(groups[0].reward_terms) > 1 else ()
+    row |= {f"reward/{name}": torch.cat([group.reward_terms[name] for group in groups]).mean().item() for name in terms}
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], dtype=torch.float32)
     prompt_tokens = sum(len(group.group.prompt.token_ids) * len(group.group.rollouts) for group in groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,10 @@ from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
 from fastgrpo.data import PromptStream, packing
-from fastgrpo.evaluate import evaluate, samples_of
+from fastgrpo.evaluate import samples_of, summarize
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.protocol import Learner
-from fastgrpo.metrics import Ledger, MetricsLog
+from fastgrpo.metrics import Ledger, MetricsLog, Sample
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.seeding import derive_seed
@@ -44,9 +45,11 @@ class Run:
     eval_prompts: list[Prompt]
     decode: Callable[[Tensor], str]
     learner: Learner
-    sampler: Sampler
-    rewards: Rewards
-    log: MetricsLog
+    sampler: Sampler | None
+    """None on ranks that do not sample, and so are the rewards."""
+    rewards: Rewards | None
+    log: MetricsLog | None
+    """None but on the main rank."""
     console: Console
     ledger: Ledger
     checkpoints: Checkpoints
@@ -64,7 +67,7 @@ def train(run: Run, stop: StopRequest) -> None:
     weights.share(run.learner, run.sampler)
     if run.step == 0:
         record(run, evaluate_if_due(run), last=False)
-    stopping = stop.signum is not None
+    stopping = run.learner.ranks.agree(stop.signum is not None)
     while run.step < config.train.num_steps and not stopping:
         run.step += 1
         groups, row = collect(run)  # sample, reward
@@ -74,10 +77,9 @@ def train(run: Run, stop: StopRequest) -> None:
         with run.ledger("share"):
             weights.share(run.learner, run.sampler)
         row |= evaluate_if_due(run)
-        run.log.write_samples(
-            [s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.decode, run.step, "train")]
-        )
-        stopping = stop.signum is not None  # asked once: the step that ends the loop is the one that is saved
+        show(run, [s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.decode, run.step, "train")])
+        # Asked once: the step that ends the loop is the one that is saved.
+        stopping = run.learner.ranks.agree(stop.signum is not None)
         record(run, row, last=run.step == config.train.num_steps or stopping)
 
 
@@ -86,20 +88,42 @@ def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
     config, wanted = run.config.algorithm, run.config.train.prompts_per_step
     groups: list[ScoredGroup] = []
     sampled: list[ScoredGroup] = []
-    reward_metrics: list[dict[str, float]] = []
+    counts: Counter[str] = Counter()
     for attempt in range(1 + config.max_resamples * config.dynamic_sampling):
         prompts = run.stream.take(wanted - len(groups))
-        with run.ledger("generate"):
-            seed = derive_seed(run.config.seed, "rollout", run.step, attempt)
-            drawn = run.sampler.generate(prompts, config.group_size, run.sampling, seed)
-        with run.ledger("reward"):
-            result = run.rewards.score(drawn, run.decode)
-        sampled += result.groups
-        reward_metrics.append(result.metrics)
-        groups += [g for g in result.groups if not (config.dynamic_sampling and is_constant(g.rewards))]
+        seed = derive_seed(run.config.seed, "rollout", run.step, attempt)
+        scored, failures = sample_and_score(run, prompts, config.group_size, run.sampling, seed)
+        sampled += scored
+        counts += failures
+        groups += [g for g in scored if not (config.dynamic_sampling and is_constant(g.rewards))]
         if len(groups) == wanted or not config.dynamic_sampling:
             break
-    return groups, {**stats.of_rewards(sampled, reward_metrics), "groups/used": len(groups)}
+    return groups, {**stats.of_rewards(sampled, counts), "groups/used": len(groups)}
+
+
+def sample_and_score(
+    run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
+) -> tuple[list[ScoredGroup], Counter[str]]:
+    """The prompts' groups in their order, and the reward functions' failures, on every rank.
+
+    Each data rank does its share; a group stays whole, so nothing that compares siblings needs another rank.
+    """
+    ranks = run.learner.ranks
+    mine = range(ranks.data_rank, len(prompts), ranks.num_data_ranks)
+    scored: list[tuple[int, ScoredGroup]] = []
+    failures: Counter[str] = Counter()
+    if run.sampler is not None and run.rewards is not None:
+        with run.ledger("generate"):
+            drawn = run.sampler.generate([prompts[i] for i in mine], num_samples, params, seed)
+        with run.ledger("reward"):
+            result = run.rewards.score(drawn, run.decode)
+        place = {id(group): i for i, group in zip(mine, drawn, strict=True)}
+        scored = [(place[id(group.group)], group) for group in result.groups]
+        failures.update({name: int(n) for name, n in result.metrics.items() if name in stats.FAILURES})
+    with run.ledger("generate"):  # waiting for the slowest rank is part of generating
+        parts = ranks.gather((scored, failures))
+    everything = sorted((entry for part, _ in parts for entry in part), key=lambda entry: entry[0])
+    return [group for _, group in everything], sum((counts for _, counts in parts), Counter())
 
 
 def relate(run: Run, groups: list[ScoredGroup]) -> list[ScoredGroup]:
@@ -126,15 +150,16 @@ def improve(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
     with run.ledger("update"):
         for _ in range(config.updates_per_rollout):
             for minibatch in minibatches:
-                if minibatch:  # nothing carries loss where every completion is masked
+                if run.learner.ranks.agree(bool(minibatch)):  # no rank has any where every completion is masked
                     results.append(run.learner.update(minibatch, run.objective))
                     refuse_divergence(run, results[-1], minibatch)
     return stats.of_updates(results)
 
 
 def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch]:
-    """One mini-batch as micro-batches: token weights from its global counts, then packed within the token budget."""
-    config = run.config
+    """One mini-batch as this data rank's micro-batches: token weights from its global counts, then packed within the
+    token budget and dealt by size."""
+    config, ranks = run.config, run.learner.ranks
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     cut = config.algorithm.mask_truncated
     masks = [r.loss_mask & (not (cut and r.finish_reason == "length")) for r in rollouts]
@@ -153,7 +178,10 @@ def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch]:
         for sequence_id, (number, group, i) in enumerate(members)
     ]
     budget = config.learner.max_tokens_per_microbatch
-    return packing.pack(sequences, max_tokens=budget, share_prompts=config.learner.share_prompts)
+    if ranks.num_data_ranks > 1:  # smaller ones where that lets every rank have some
+        budget = min(budget, packing.fair_budget(sequences, ranks.num_data_ranks))
+    batches = packing.pack(sequences, max_tokens=budget, share_prompts=config.learner.share_prompts)
+    return ranks.deal(batches, cost=lambda batch: batch.num_tokens)
 
 
 def annotate(run: Run, batch: PackedBatch) -> PackedBatch:
@@ -209,20 +237,18 @@ def evaluate_if_due(run: Run) -> dict[str, float]:
         top_k=0,
         max_new_tokens=config.max_new_tokens or run.sampling.max_new_tokens,
     )
-    with run.ledger("eval"):
-        seed = derive_seed(run.config.seed, "eval")
-        metrics, shown = evaluate(
-            run.sampler,
-            run.rewards,
-            run.eval_prompts[: config.num_prompts],
-            params,
-            run.decode,
-            num_samples=config.num_samples,
-            seed=seed,
-            step=step,
-        )
-    run.log.write_samples(shown)
+    prompts, seed = run.eval_prompts[: config.num_prompts], derive_seed(run.config.seed, "eval")
+    with run.ledger("eval"), run.ledger.all_as("eval"):
+        groups, failures = sample_and_score(run, prompts, config.num_samples, params, seed)
+        metrics, shown = summarize(groups, failures, run.decode, step)
+    show(run, shown)
     return metrics
+
+
+def show(run: Run, samples: list[Sample]) -> None:
+    """Keep completions for people to read."""
+    if run.log is not None:
+        run.log.write_samples(samples)
 
 
 def record(run: Run, row: dict[str, float], *, last: bool) -> None:
@@ -231,11 +257,13 @@ def record(run: Run, row: dict[str, float], *, last: bool) -> None:
     if run.step and (last or (every and run.step % every == 0)):
         with run.ledger("checkpoint"):
             state = {"stream": run.stream.state_dict(), "num_nonfinite": run.num_nonfinite}
-            prepared = run.checkpoints.prepare(run.step, run.learner.state_dict(), state)
+            prepared = run.checkpoints.prepare(run.step, run.learner.save, state)
     row = {"step": run.step, **row, **run.ledger.step()}
     if "tokens" in row:
         row["tokens_per_second"] = row["tokens"] / row["time/total_s"]
-    run.log.write(row)
+    if run.log is not None:
+        run.log.write(row)
+    run.learner.ranks.barrier()
     if prepared is not None:
         # Only now: a checkpoint that is visible has its step's row in metrics.jsonl.
         run.checkpoints.publish(prepared)

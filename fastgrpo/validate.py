@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def _choices(config: Config) -> None:
     _one_of("algorithm.importance_level", algorithm.importance_level, ("none", "token", "sequence"))
     _one_of("algorithm.reference.schedule", algorithm.reference.schedule, ("fixed", "refresh", "ema"))
     _one_of("train.lr_schedule", config.train.lr_schedule, ("constant", "linear", "cosine"))
-    _one_of("learner.kind", config.learner.kind, ("torch",))
+    _one_of("learner.kind", config.learner.kind, ("torch", "megatron"))
     _one_of("sampler.kind", config.sampler.kind, ("torch",))
     _one_of("cluster.dtype", config.cluster.dtype, ("auto", "float32", "bfloat16"))
     _one_of("run.console", config.run.console, ("auto", "live", "plain", "none"))
@@ -156,10 +157,23 @@ def _combinations(config: Config) -> None:
         refuse(
             "eval.num_samples", config.eval.num_samples, "greedy samples are all equal; set eval.temperature above 0"
         )
+    _layout(config)
     if config.model.path is None and config.data.source != "arithmetic":
         refuse(
             "model.path", None, f"data.source={config.data.source} needs a model; give a Hugging Face directory or name"
         )
+
+
+def _layout(config: Config) -> None:
+    """What the torch learner cannot do; whether a layout fits a model is for learner/megatron/layout.py."""
+    learner = config.learner
+    if learner.kind != "torch":
+        return
+    for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False)):
+        if getattr(learner, key) != plain:
+            refuse(f"learner.{key}", getattr(learner, key), "learner=torch is one process; use learner=megatron")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        refuse("learner", "torch", "it is one process and torchrun started several; use learner=megatron")
 
 
 def _places(config: Config) -> None:

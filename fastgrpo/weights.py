@@ -6,9 +6,14 @@ from fastgrpo.learner.protocol import Learner
 from fastgrpo.sampler.protocol import Sampler
 
 
-def share(learner: Learner, sampler: Sampler) -> None:
-    """Let the sampler see the learner's newest weights.
+def share(learner: Learner, sampler: Sampler | None) -> None:
+    """Let the sampler see the learner's newest weights; every rank calls it, also one that does not sample.
 
-    The torch sampler runs the learner's own module, so nothing moves; what changes is the version on its rollouts.
+    A sampler on the learner's own tensors needs nothing moved. Any other takes them one whole tensor at a time.
     """
-    sampler.policy_version = learner.policy_version
+    if not learner.weights_are_shared:
+        for name, tensor in learner.named_weights():
+            if sampler is not None:
+                sampler.load_weight(name, tensor)
+    if sampler is not None:
+        sampler.policy_version = learner.policy_version

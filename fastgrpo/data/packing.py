@@ -54,6 +54,15 @@ def pack(sequences: list[Sequence], *, max_tokens: int, share_prompts: bool) -> 
     return [_pack_one(sorted(units, key=lambda unit: unit[0].sequence_id), share_prompts) for units in bins]
 
 
+def fair_budget(sequences: list[Sequence], num_ranks: int) -> int:
+    """A token budget under which the sequences make about as many equal micro-batches as there are ranks, at least."""
+    learned = [sequence for sequence in sequences if bool((sequence.token_weights != 0).any())]
+    total = sum(len(sequence.token_ids) for sequence in learned)
+    total += sum({sequence.group_id: len(sequence.prompt_ids) for sequence in learned}.values())
+    longest = max((_num_tokens([sequence]) for sequence in learned), default=1)
+    return max(longest, -(-total // num_ranks))
+
+
 def _num_tokens(unit: list[Sequence]) -> int:
     return len(unit[0].prompt_ids) + sum(len(sequence.token_ids) for sequence in unit)
 

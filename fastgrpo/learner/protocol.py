@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from fastgrpo.kernels.objective import Objective
+from fastgrpo.ranks import Ranks
 from fastgrpo.types import PackedBatch, StepResult
 
 
@@ -16,9 +18,15 @@ class Learner(Protocol):
 
     policy_version: int
     """Optimizer steps taken."""
+    ranks: Ranks
+    """Where this process's part of the policy stands in the job."""
+
+    weights_are_shared: bool
+    """Whether the sampler works on this learner's own tensors, so that an update needs no copy."""
 
     def update(self, batches: Iterable[PackedBatch], objective: Objective) -> StepResult:
-        """One optimizer step on the sum of the micro-batches' losses; a non-finite one leaves the weights untouched."""
+        """One optimizer step on the sum of the losses of all data ranks' micro-batches, of which each passes its own;
+        a non-finite one leaves the weights untouched."""
         ...
 
     def logprobs(self, batch: PackedBatch, *, temperature: float, reference: bool = False) -> Tensor:
@@ -26,15 +34,17 @@ class Learner(Protocol):
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy under its Hugging Face names, one tensor at a time."""
+        """The policy under its Hugging Face names, one whole tensor at a time; all ranks go through it together."""
         ...
 
     def move_reference(self, share: float) -> None:
         """reference += share * (policy - reference)."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on bit-identically."""
+    def save(self, directory: Path) -> None:
+        """Write all that `load` needs to go on bit-identically; every rank of the job calls it with one directory."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote. Raises UserError where it does not fit."""
+        ...

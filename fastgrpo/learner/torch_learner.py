@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.optimizer import Optimizer, learning_rate
 from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.hf import CausalLM, hidden_states
+from fastgrpo.ranks import Ranks
 from fastgrpo.types import PackedBatch, StepResult
 
 
@@ -27,6 +29,8 @@ class TorchLearner:
     num_updates: optimizer steps of the whole run, for the learning-rate schedule.
     """
 
+    weights_are_shared = True
+
     def __init__(
         self, model: CausalLM, config: TrainConfig, *, num_updates: int, reference: CausalLM | None = None
     ) -> None:
@@ -34,6 +38,7 @@ class TorchLearner:
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
         self.optimizer = Optimizer(model, config)
         self.policy_version = 0
+        self.ranks = Ranks()
 
     def update(self, batches: Iterable[PackedBatch], objective: Objective) -> StepResult:
         """See Learner.update."""
@@ -106,7 +111,16 @@ class TorchLearner:
         ours: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
 
+    def save(self, directory: Path) -> None:
+        """See Learner.save: one file, learner.pt."""
+        torch.save(self.state_dict(), directory / "learner.pt")
+
+    def load(self, directory: Path) -> None:
+        """See Learner.load."""
+        self.load_state_dict(torch.load(directory / "learner.pt", map_location="cpu", weights_only=True, mmap=True))
+
     def state_dict(self) -> dict[str, Any]:
+        """Everything that an update reads or changes."""
         reference = None if self.reference is None else self.reference.state_dict()
         return {
             "model": self.model.state_dict(),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from torch import Tensor
+
 from fastgrpo.types import LogprobContract, Prompt, RolloutGroup, SamplingParams
 
 
@@ -25,6 +27,10 @@ class Sampler(Protocol):
         The samples are a function of the weights, the prompt, `seed` and the sample's index: the order and the other
         members of the batch do not enter (beyond the rounding of a differently shaped product).
         """
+        ...
+
+    def load_weight(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor of the policy, under its Hugging Face name."""
         ...
 
     def sleep(self) -> None:

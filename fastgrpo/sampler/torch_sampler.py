@@ -33,6 +33,11 @@ class TorchSampler:
     def contract(self, params: SamplingParams) -> LogprobContract:
         return contract_of(params)
 
+    @torch.no_grad()
+    def load_weight(self, name: str, tensor: Tensor) -> None:
+        """Copy one tensor into the model, where that is not the learner's own."""
+        self.model.get_parameter(name).copy_(tensor)
+
     def sleep(self) -> None:
         """Nothing to give back: the cache lives within generate."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fastgrpo.config import TrainConfig, UserError
 from fastgrpo.kernels.objective import Objective
-from fastgrpo.learner.megatron import convert, head, parallel
+from fastgrpo.learner.megatron import convert, head, parallel, sharded_checkpoint
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.convert import Read
 from fastgrpo.learner.megatron.cpu import megatron_on_cpu
@@ -45,6 +46,8 @@ class MegatronLearner:
     Raises UserError, before any weight is read, where the layout is impossible for the model or the job's size.
     """
 
+    weights_are_shared = False
+
     def __init__(
         self,
         architecture: Architecture,
@@ -60,6 +63,7 @@ class MegatronLearner:
         data_parallel_size(layout, architecture, dist.get_world_size() if dist.is_initialized() else 1)
         self.config, self.num_updates, self.policy_version = config, num_updates, 0
         self.parallel = parallel.initialize(layout)
+        self.ranks = self.parallel.ranks
         with megatron_on_cpu():
             self.policy = build(architecture, layout, dtype=dtype, recompute=recompute)
             convert.load(self.policy, read, self.parallel)
@@ -203,6 +207,14 @@ class MegatronLearner:
         with megatron_on_cpu():
             self.optimizer.load_state_dict(state["optimizer"])
         self.policy_version = state["policy_version"]
+
+    def save(self, directory: Path) -> None:
+        """Write the state, all ranks together, so that every layout can load it; see sharded_checkpoint.save."""
+        sharded_checkpoint.save(self, directory)
+
+    def load(self, directory: Path) -> None:
+        """Go on from a state that any layout saved; see sharded_checkpoint.load."""
+        sharded_checkpoint.load(self, directory)
 
     @property
     def _place(self) -> str:

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from fastgrpo.config import UserError
 from fastgrpo.learner.megatron.layout import Layout
+from fastgrpo.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,17 @@ class Parallel:
     dp_size: int
     dp_rank: int
     dp_group: Any
+
+    @property
+    def ranks(self) -> Ranks:
+        """The same, as the loop sees it: the first rank of each copy of the model samples for it."""
+        return Ranks(
+            rank=dist.get_rank(),
+            num_ranks=dist.get_world_size(),
+            data_rank=self.dp_rank,
+            num_data_ranks=self.dp_size,
+            leads=self.tp_rank == 0 and self.pp_rank == 0,
+        )
 
     @property
     def is_last_stage(self) -> bool:

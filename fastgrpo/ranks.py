@@ -1,0 +1,97 @@
+"""This process's place among the processes of a job, all of which run the same loop (SPMD).
+
+Data ranks hold copies of the policy and each samples and scores its share of a step's prompts; then every rank holds
+all of them, so advantages, token weights and metrics are computed alike everywhere and need no further communication.
+Ranks that together hold one copy (tensor, pipeline parallel) learn from the same micro-batches, and the first of them,
+the copy's leader, samples for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Example, rank 5 of 8 with tp=2 pp=2: Ranks(rank=5, num_ranks=8, data_rank=1, num_data_ranks=2, leads=False)."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    data_rank: int = 0
+    num_data_ranks: int = 1
+    leads: bool = True
+    """Whether this rank samples and scores for its copy of the policy."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the logs, the report and the checkpoint's manifest."""
+        return self.rank == 0
+
+    def deal(self, items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
+        """This data rank's items, so that every data rank gets about the same cost; in their order."""
+        loads = [0.0] * self.num_data_ranks
+        mine = []
+        for index, item in sorted(enumerate(items), key=lambda entry: -cost(entry[1])):
+            lightest = loads.index(min(loads))
+            loads[lightest] += cost(item)
+            if lightest == self.data_rank:
+                mine.append(index)
+        return [items[index] for index in sorted(mine)]
+
+    def gather(self, part: T) -> list[T]:
+        """The leaders' parts in the order of their data ranks, on every rank."""
+        if self.num_ranks == 1:
+            return [part]
+        everyone: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(everyone, (self.data_rank, part) if self.leads else None)
+        return [found for _, found in sorted((x for x in everyone if x is not None), key=lambda entry: entry[0])]
+
+    def agree(self, flag: bool) -> bool:
+        """True on every rank where it is on any: a signal reaches the processes of a job one after the other."""
+        if self.num_ranks == 1:
+            return flag
+        flags: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(flags, flag)
+        return any(flags)
+
+    def from_main(self, value: T) -> T:
+        """The main rank's value, on every rank."""
+        if self.num_ranks == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.num_ranks > 1:
+            dist.barrier()
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join_job() -> Ranks:
+    """Meet the other processes that torchrun started; until a learner says more, each is a data rank."""
+    if not started_by_torchrun():
+        return Ranks()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return Ranks(
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+        data_rank=dist.get_rank(),
+        num_data_ranks=dist.get_world_size(),
+    )
