@@ -50,10 +50,10 @@ class ModelConfig:
     """Another directory for the tokenizer; null uses model.path."""
     hidden_size: int = 128
     """hidden_size to num_kv_heads shape the model that is built when path is null."""
-    num_layers: int = 3
+    num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    intermediate_size: int = 384
+    intermediate_size: int = 256
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     cache_dir: str = "${oc.env:XDG_CACHE_HOME,${oc.env:HOME,.}/.cache}/fastgrpo"
     """Where warm-started models are kept, by a hash of everything that made them."""

@@ -26,22 +26,25 @@ EXAMPLES = {
     "eval": """\
   fastgrpo eval model.path=runs/latest/hf                          held-out accuracy, greedy
   fastgrpo eval model.path=DIR data.path=FILE.jsonl reward=gsm8k eval.num_samples=8 eval.temperature=1""",
+    "verify": """\
+  fastgrpo verify                                                  every objective, on a GPU if there is one
+  fastgrpo verify device=cuda dtypes=[bfloat16] vocab_size=151936""",
 }
 
 
-def text(command: str) -> str:
-    """The whole help page."""
-    groups = "\n".join(f"  {name:<11}{' | '.join(options)}" for name, options in group_choices().items())
-    sections = "\n\n".join(_section(name, cls) for name, cls in _sections())
+def text(command: str, cls: type = schema.Config) -> str:
+    """The whole help page of a command with this schema."""
+    choices = ""
+    if cls is schema.Config:
+        groups = "\n".join(f"  {name:<11}{' | '.join(options)}" for name, options in group_choices().items())
+        choices = f"Choices, each a file in conf/:\n{groups}\n\nA choice may set other defaults than these.\n\n"
+    sections = "\n\n".join(_section(name, cls) for name, cls in _sections(cls))
     return f"""\
 usage: fastgrpo {command} [KEY=VALUE ...]
 
 {EXAMPLES[command]}
 
-Choices, each a file in conf/:
-{groups}
-
-Keys and their defaults (a choice may set another; the quickstart's model does):
+{choices}Keys and their defaults:
 
 {sections}
 
@@ -65,9 +68,9 @@ def all_keys(cls: type = schema.Config, prefix: str = "") -> Iterator[str]:
             yield from all_keys(hints[field.name], f"{prefix}{field.name}.")
 
 
-def _sections() -> Iterator[tuple[str, type]]:
-    yield "", schema.Config
-    pending = [("", schema.Config)]
+def _sections(root: type) -> Iterator[tuple[str, type]]:
+    yield "", root
+    pending = [("", root)]
     while pending:
         prefix, cls = pending.pop(0)
         hints = get_type_hints(cls)

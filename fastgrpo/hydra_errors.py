@@ -10,7 +10,7 @@ from hydra.errors import OverrideParseException
 from fastgrpo.help import all_keys, group_choices
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, schema: type) -> str:
     """One line for whatever the composition of a configuration raises."""
     chain = list(_chain(error))
     text = "\n".join(str(link) for link in chain)
@@ -18,8 +18,8 @@ def explain(error: BaseException) -> str:
     if unreadable is not None:
         return _unreadable(unreadable)
     for pattern, say in (
-        (r"Could not override '([^']+)'", _unknown_key),
-        (r"Key '([^']+)' not in '[^']+'[\s\S]*?full_key: (\S+)", lambda _, full: _unknown_key(full)),
+        (r"Could not override '([^']+)'", lambda key: _unknown_key(key, schema)),
+        (r"Key '([^']+)' not in '[^']+'[\s\S]*?full_key: (\S+)", lambda _, full: _unknown_key(full, schema)),
         (r"Could not find '([\w]+)/([^']+)'", _unknown_choice),
         (r"Ambiguous value for argument '([^']+)'", _several),
         (r"Error merging override (\S+?)=(.*)", lambda key, value: _wrong_type(key, value, text)),
@@ -36,8 +36,8 @@ def _chain(error: BaseException | None):
         error = error.__cause__ or error.__context__
 
 
-def _unknown_key(key: str) -> str:
-    known = [*all_keys(), *group_choices()]
+def _unknown_key(key: str, schema: type) -> str:
+    known = [*all_keys(schema), *group_choices()]
     same_name = [name for name in known if "." in name and name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     section = [name for name in known if name.startswith(key.rsplit(".", 1)[0] + ".")]
     close = difflib.get_close_matches(key, section or known, n=1, cutoff=0.75)

@@ -1,4 +1,4 @@
-"""The command line: `fastgrpo train|eval|report KEY=VALUE ...`.
+"""The command line: `fastgrpo train|eval|verify|report KEY=VALUE ...`.
 
 Each command is a Hydra application. What the user can mend ends in one line on stderr and exit code 2.
 """
@@ -24,7 +24,12 @@ HYDRA_OPTIONS = (  # noqa: SIM905
 
 def main() -> None:
     """The console script. Exit codes: 0 done, 2 a mistake of the user's, 128 + signal where one stopped it."""
-    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate, "report": report}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "eval": evaluate,
+        "verify": verify,
+        "report": report,
+    }
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("--help", "-h"):
         print(f"usage: fastgrpo {'|'.join(commands)} [KEY=VALUE ...]\n\n`fastgrpo train --help` lists every key.")
@@ -58,6 +63,14 @@ def evaluate(arguments: list[str]) -> int:
     return run_hydra("eval", with_shorthands(arguments), _evaluate)
 
 
+def verify(arguments: list[str]) -> int:
+    """Compare this machine's loss head with float64, for every objective; exit code 1 where anything is off."""
+    from fastgrpo.verify import VerifyConfig
+    from fastgrpo.verify import main as compare
+
+    return run_hydra("verify", arguments, lambda config, _: compare(config), VerifyConfig)
+
+
 def report(arguments: list[str]) -> int:
     """Write report.html of a run again: `fastgrpo report [run.dir=PATH]`."""
     from fastgrpo.report import write_report
@@ -69,12 +82,12 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
-def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int]) -> int:
-    """Compose conf/<name>.yaml with the arguments and call the task with the dataclasses and their YAML."""
+def run_hydra(name: str, arguments: list[str], task: Callable[[Any, str], int], schema: type = Config) -> int:
+    """Compose conf/<name>.yaml with the arguments and call the task with the schema's dataclasses and their YAML."""
     if any(argument in ("--help", "-h") for argument in arguments):
         from fastgrpo import help as help_page
 
-        print(help_page.text(name))
+        print(help_page.text(name, schema))
         return 0
     refuse_unknown_options(arguments)
     import hydra
@@ -90,7 +103,7 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int
         started = True
         if any(code > 128 for code in codes):  # a signal that stopped one run of a sweep stops the sweep
             return
-        if HydraConfig.get().mode == RunMode.MULTIRUN and value_of(arguments, "run.dir") is None:
+        if schema is Config and HydraConfig.get().mode == RunMode.MULTIRUN and value_of(arguments, "run.dir") is None:
             composed.run.dir = HydraConfig.get().runtime.output_dir
         try:
             codes.append(task(*converted(composed)))
@@ -102,7 +115,7 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Config, str], int
     # Its parser wants all settings in a row, wherever the user put the options.
     sys.argv = [f"fastgrpo {name}", *sorted(map(open_mapping, arguments), key=is_setting)]
     try:
-        with hydra_errors_in_one_line():
+        with hydra_errors_in_one_line(schema):
             hydra.main(version_base="1.3", config_path=CONF, config_name=name)(job)()
     except OSError as error:
         if started:
@@ -122,18 +135,18 @@ def compose(name: str, arguments: list[str]) -> tuple[Config, str]:
         return converted(hydra.compose(name, [open_mapping(argument) for argument in arguments]))
 
 
-def converted(composed: Any) -> tuple[Config, str]:
+def converted(composed: Any) -> tuple[Any, str]:
     """The composed configuration as dataclasses, and resolved as YAML. Raises UserError where a value is missing."""
     from omegaconf import OmegaConf
 
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
-    return OmegaConf.to_object(composed), OmegaConf.to_yaml(composed, resolve=True)  # type: ignore[return-value]
+    return OmegaConf.to_object(composed), OmegaConf.to_yaml(composed, resolve=True)
 
 
 @contextmanager
-def hydra_errors_in_one_line() -> Iterator[None]:
+def hydra_errors_in_one_line(schema: type = Config) -> Iterator[None]:
     """Register the schema, and turn what Hydra and OmegaConf raise while composing into UserError."""
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
@@ -141,11 +154,11 @@ def hydra_errors_in_one_line() -> Iterator[None]:
 
     from fastgrpo.hydra_errors import explain
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=schema)
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from None
+        raise UserError(explain(error, schema)) from None
 
 
 def _train(config: Config, text: str) -> int:

@@ -34,7 +34,7 @@ MAX_TOKENS = 8192
 def cached_path(config: Config, alphabet: str) -> Path:
     """Where the warm-started model of this configuration is, or will be, kept."""
     made_by = {
-        "model": asdict(config.model),
+        "model": {key: value for key, value in asdict(config.model).items() if key != "cache_dir"},
         "operation": config.data.operation,
         "num_digits": config.data.num_digits,
         "num_problems": config.data.num_problems,
