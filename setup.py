@@ -29,9 +29,14 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        # Triton 3.6's interpreter, which the tests run the kernels in, breaks on numpy 2.4.
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "numpy<2.4", "math-verify", "ruff", "mypy"],
-        "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy"],
+        # The kernels' resource table is of Triton 3.6, whose interpreter breaks on numpy 2.4. The last line holds what
+        # tests compare with: other people's losses, the real Megatron, sympy's mathematics.
+        "test": [
+            *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "triton==3.6.0", "numpy<2.4"),
+            *("trl==1.16.0", "liger-kernel==0.8.5", "megatron-core>=0.16.1,<0.18", "math-verify"),
+        ],
+        "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib"],
+        "megatron": ["megatron-core>=0.16.1,<0.18"],
         "hub": ["datasets"],
         "math": ["math-verify"],
         "wandb": ["wandb"],

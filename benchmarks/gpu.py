@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else "smoke"
     path = args.out or RESULTS / f"{name}-{table.rows[0]['commit']}.csv"
     table.write(path)
-    plot(table, path.with_suffix(".html"))
+    plot(table, path.with_suffix(".png"))
     print(f"{time.monotonic() - started:.0f} s")
     return 0
 
@@ -142,34 +142,31 @@ def never_waits(device: torch.device) -> bool:
 
 def plot(table: Table, path: Path) -> None:
     """Full times of every provider, a panel per kernel and shape."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
     rows = [r for r in table.rows if r["metric"] == "time" and r["mode"] in ("full", "forward")]
     panels: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:  # a full time replaces the forward time listed before it
         panels.setdefault(f"{row['kernel']} {row['x']}", {})[row["provider"]] = row
-    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=list(panels))
-    for index, providers in enumerate(panels.values(), start=1):
-        values = list(providers.values())
-        p50 = [float(r["p50"]) for r in values]
-        figure.add_bar(
-            y=list(providers),
-            x=p50,
-            orientation="h",
-            error_x={
-                "type": "data",
-                "array": [float(r["p80"]) - m for r, m in zip(values, p50, strict=True)],
-                "arrayminus": [m - float(r["p20"]) for r, m in zip(values, p50, strict=True)],
-            },
-            row=index,
-            col=1,
-        )
-        figure.update_xaxes(title_text="ms, median with p20 and p80", row=index, col=1)
-    figure.update_layout(
-        height=260 * len(panels), showlegend=False, title=f"{table.rows[0]['gpu']}, {table.rows[0]['commit']}"
+    heights = [len(providers) + 1 for providers in panels.values()]
+    size = (9, 0.35 * sum(heights) + 0.6 * len(heights))
+    figure, axes = plt.subplots(
+        len(panels), 1, squeeze=False, figsize=size, height_ratios=heights, layout="constrained"
     )
-    go.Figure(figure).write_html(path, include_plotlyjs="cdn")
+    for axis, (title, providers) in zip(axes[:, 0], panels.items(), strict=True):
+        p50, p20, p80 = ([float(row[name]) for row in providers.values()] for name in ("p50", "p20", "p80"))
+        spread = [[m - low for m, low in zip(p50, p20, strict=True)], [h - m for h, m in zip(p80, p50, strict=True)]]
+        bars = axis.barh(list(providers), p50, xerr=spread, color="#4477aa", ecolor="#222222", capsize=2)
+        axis.bar_label(bars, fmt="%.3g", padding=6)
+        axis.invert_yaxis()
+        axis.set_title(title, loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("ms, median with 20th and 80th percentile")
+    figure.suptitle(f"{table.rows[0]['gpu']}, {table.rows[0]['commit']}")
+    figure.savefig(path, dpi=120)
     print(f"plot written to {path}")
 
 
