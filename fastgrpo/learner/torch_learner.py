@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.config import TrainConfig
+from fastgrpo.config import TrainConfig, UserError
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import LossInputs, Objective
@@ -116,8 +116,19 @@ class TorchLearner:
         torch.save(self.state_dict(), directory / "learner.pt")
 
     def load(self, directory: Path) -> None:
-        """See Learner.load."""
-        self.load_state_dict(torch.load(directory / "learner.pt", map_location="cpu", weights_only=True, mmap=True))
+        """See Learner.load. Raises UserError where another kind of learner or model was saved."""
+        file = directory / "learner.pt"
+        if not file.is_file():
+            raise UserError(f"resume={directory}: no state of a torch learner there")
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if self.reference is not None and state["reference"] is None:
+            raise UserError(f"resume={directory}: saved without a reference model; resume with algorithm.kl_coef=0")
+        try:
+            self.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:  # names or shapes
+            raise UserError(
+                f"resume={directory}: not a state of this model; resume with the model.path of then"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an update reads or changes."""
