@@ -1,0 +1,341 @@
+"""Runs that are killed, signalled and starved in processes of their own end up where an undisturbed one does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from builders import small_run
+from processes import fastgrpo, fill_the_disk_at, interrupt_twice, kill_in_the_middle_of_saving, signal_at
+from safetensors.torch import load_file
+
+from fastgrpo.metrics import read_jsonl
+
+KILL = signal.SIGKILL
+CHECKPOINTS = ("step-000002", "step-000004", "step-000006")
+
+
+def settings(model: str, *more: str) -> list[str]:
+    """Six steps with a checkpoint every two, a reference that moves, momentum and groups that are replaced."""
+    return [
+        "train",
+        *small_run(model, reward="varied_if_odd"),
+        "train.num_steps=6",
+        "train.updates_per_rollout=2",
+        "train.lr_schedule=linear",
+        "algorithm.reference.schedule=ema",
+        "algorithm.reference.ema_decay=0.9",
+        "algorithm.dynamic_sampling=true",
+        "checkpoint.every=2",
+        "checkpoint.keep=3",
+        "data.num_problems=12",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_qwen2, tmp_path_factory):
+    """The run directory of the settings, never stopped."""
+    directory, home = tmp_path_factory.mktemp("undisturbed"), os.getcwd()
+    os.chdir(directory)
+    try:
+        ended = fastgrpo(*settings(tiny_qwen2))
+    finally:
+        os.chdir(home)
+    assert (ended.code, ended.err) == (0, "")
+    rows = read_jsonl(directory / "run" / "metrics.jsonl")
+    assert sum(row.get("groups/sampled", 4) - 4 for row in rows) > 0  # dynamic sampling did replace some
+    assert rows[-1]["kl"] > 0
+    return directory / "run"
+
+
+def without_clock(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Weights, metrics, samples and the last checkpoint, bit for bit."""
+    assert (run / "hf/model.safetensors").read_bytes() == (expected / "hf/model.safetensors").read_bytes()
+    assert without_clock(run / "metrics.jsonl") == without_clock(expected / "metrics.jsonl")
+    assert (run / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
+    assert checkpoints(run) == checkpoints(expected)
+    newest = [path / "checkpoints" / checkpoints(expected)[-1] for path in (run, expected)]
+    mine, theirs = (torch.load(path / "learner/learner.pt", weights_only=True) for path in newest)
+    assert_equal(mine, theirs)
+    assert (newest[0] / "run.json").read_bytes() == (newest[1] / "run.json").read_bytes()
+
+
+def assert_equal(mine, theirs) -> None:
+    if isinstance(mine, dict):
+        assert mine.keys() == theirs.keys()
+        mine, theirs = list(mine.values()), list(theirs.values())
+    if isinstance(mine, list):
+        for a, b in zip(mine, theirs, strict=True):
+            assert_equal(a, b)
+    else:
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def resume(model: str, *more: str):
+    ended = fastgrpo(*settings(model, "resume=auto", *more))
+    assert (ended.code, ended.err) == (0, "")
+    return ended
+
+
+# What dies where, and the step after which the next attempt goes on. Updates: two a step. Rows: one at step 0.
+MOMENTS = {
+    "in the first step": (partial(signal_at, "fastgrpo.trainer:improve", 1, KILL), None),
+    "in a step's second update": (
+        partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.update", 6, KILL),
+        2,
+    ),
+    "while the reference moves": (
+        partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.move_reference", 5, KILL),
+        4,
+    ),
+    "in a checkpoint's largest file": (partial(kill_in_the_middle_of_saving, 2), 2),
+    "in the first checkpoint's": (partial(kill_in_the_middle_of_saving, 1), None),
+    "while a checkpoint is flushed": (partial(signal_at, "fastgrpo.checkpoint:_flush", 8, KILL), 2),
+    "between checkpoint and row": (partial(signal_at, "fastgrpo.metrics:MetricsLog.write", 5, KILL), 2),
+    "between row and publication": (
+        partial(signal_at, "fastgrpo.checkpoint:Checkpoints.publish", 2, KILL),
+        2,
+    ),
+    "after a publication": (partial(signal_at, "fastgrpo.console:Console.step", 5, KILL), 4),
+    "after the last step": (partial(signal_at, "fastgrpo.models.hf:save_pretrained", 1, KILL), 6),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_bit_by_bit(moment, workplace, tiny_qwen2, undisturbed):
+    install, step = MOMENTS[moment]
+    assert fastgrpo(*settings(tiny_qwen2), install=install).code == -KILL
+    out = resume(tiny_qwen2).out
+    assert (f"resuming after step {step} from run/checkpoints/step-00000{step}" in out) == (step is not None)
+    assert_same_run(Path("run"), undisturbed)
+
+
+def test_a_run_killed_again_and_again_goes_on_bit_by_bit(workplace, tiny_qwen2, undisturbed):
+    """Each attempt gets a few updates further than its checkpoint."""
+    for attempt in range(3):
+        kill = partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.update", 6, KILL)
+        assert fastgrpo(*settings(tiny_qwen2, "resume=auto"), install=kill).code == (-KILL if attempt < 2 else 0)
+    assert_same_run(Path("run"), undisturbed)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_so(signum, code, workplace, tiny_qwen2, undisturbed):
+    at = partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.update", 5, signum)
+    ended = fastgrpo(*settings(tiny_qwen2), install=at)
+    assert (ended.code, ended.err) == (code, "")
+    name = signal.Signals(signum).name
+    assert f"\n{name}: finishing this step and saving; once more stops at once, without saving\n" in ended.out
+    assert ended.out.endswith("stopped after step 3, saved; go on with run.dir=run resume=auto\n")
+    assert checkpoints(Path("run")) == ["step-000002", "step-000003"]
+    assert not Path("run/hf").exists()
+    assert Path("run/report.html").exists()
+    resume(tiny_qwen2)
+    # The stop left one checkpoint more than an undisturbed run has; the newest three are kept.
+    assert checkpoints(Path("run")) == ["step-000003", "step-000004", "step-000006"]
+    Path("run/checkpoints/step-000003").rename("run/checkpoints/step-000002")
+    assert_same_run(Path("run"), undisturbed)
+
+
+def test_a_signal_while_the_row_is_written_takes_one_step_more_and_saves_it(workplace, tiny_qwen2):
+    """The step that was being recorded was not to be saved: the one that ends the loop is."""
+    at = partial(signal_at, "fastgrpo.metrics:MetricsLog.write", 2, signal.SIGTERM)
+    ended = fastgrpo(*settings(tiny_qwen2), install=at)
+    assert ended.code == 143
+    assert ended.out.endswith("stopped after step 2, saved; go on with run.dir=run resume=auto\n")
+    assert checkpoints(Path("run")) == ["step-000002"]
+
+
+def test_a_second_signal_ends_the_run_at_once(workplace, tiny_qwen2):
+    ended = fastgrpo(*settings(tiny_qwen2), install=partial(interrupt_twice, "fastgrpo.trainer:improve"))
+    assert (ended.code, ended.err) == (130, "stopped\n")
+    assert [row["step"] for row in read_jsonl("run/metrics.jsonl")] == [0]
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_harms_nothing(workplace, tiny_qwen2):
+    """From outside, to the whole process group, with reward functions in processes of their own."""
+    arguments = settings(tiny_qwen2, "train.num_steps=500", "reward.num_workers=1", "eval.every=0")
+    command = [sys.executable, "-m", "fastgrpo", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: len(read_jsonl("run/metrics.jsonl")) >= 3)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    step = read_jsonl("run/metrics.jsonl")[-1]["step"]
+    assert f"stopped after step {step}, saved; go on with run.dir=run resume=auto\n" in out
+    assert checkpoints(Path("run"))[-1] == f"step-{step:06d}"
+
+
+def wait_for(condition, timeout: float = 90) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def finished(undisturbed, workplace):
+    """A copy of the undisturbed run in ./run, to be spoilt."""
+    shutil.copytree(undisturbed, "run")
+    return Path("run")
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a byte flipped": (
+        lambda path: flip_a_byte(path / "learner/learner.pt"),
+        "learner/learner.pt is not what was written",
+    ),
+    "a file cut short": (
+        lambda path: os.truncate(path / "learner/learner.pt", 1000),
+        "learner/learner.pt is not what was written",
+    ),
+    "a file removed": (lambda path: (path / "run.json").unlink(), "no readable manifest or file: "),
+    "the manifest removed": (lambda path: (path / "manifest.json").unlink(), "no readable manifest or file: "),
+    "the manifest torn": (lambda path: os.truncate(path / "manifest.json", 20), "no readable manifest or file: "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_broken_checkpoint_is_named_and_skipped(damage, finished, tiny_qwen2, undisturbed):
+    spoil, problem = DAMAGE[damage]
+    spoil(finished / "checkpoints/step-000006")
+    out = resume(tiny_qwen2).out
+    assert f"checkpoint run/checkpoints/step-000006 is broken ({problem}" in out
+    assert "resuming after step 4 from run/checkpoints/step-000004\n" in out
+    assert_same_run(finished, undisturbed)
+
+
+def test_a_finished_run_resumed_only_exports_again(finished, tiny_qwen2, undisturbed):
+    shutil.rmtree(finished / "hf")
+    resume(tiny_qwen2)
+    assert_same_run(finished, undisturbed)
+
+
+def test_a_run_goes_on_from_any_checkpoint_by_its_path(finished, tiny_qwen2, undisturbed):
+    """Rows and checkpoints of the future that is given up go, so that a kill now could not bring them back."""
+    kill = partial(signal_at, "fastgrpo.trainer:improve", 1, KILL)
+    arguments = [argument for argument in settings(tiny_qwen2) if argument != "run.dir=run"]
+    ended = fastgrpo(*arguments, "resume=run/checkpoints/step-000002", install=kill)
+    assert ended.code == -KILL
+    assert checkpoints(finished) == ["step-000002"]
+    assert [row["step"] for row in read_jsonl(finished / "metrics.jsonl")] == [0, 1, 2]
+    resume(tiny_qwen2)
+    assert_same_run(finished, undisturbed)
+
+
+def test_a_run_without_any_whole_checkpoint_begins_anew(finished, tiny_qwen2, undisturbed):
+    for name in CHECKPOINTS:
+        flip_a_byte(finished / "checkpoints" / name / "learner/learner.pt")
+    out = resume(tiny_qwen2).out
+    assert out.count(" is broken (learner/learner.pt is not what was written); skipped\n") == 3
+    assert_same_run(finished, undisturbed)
+
+
+def test_other_data_is_refused_on_resume(finished, tiny_qwen2):
+    ended = fastgrpo(*settings(tiny_qwen2, "resume=auto", "data.num_problems=13"))
+    assert ended.code == 2
+    assert ended.err == (
+        "fastgrpo: resume: the checkpoint was made with 12 training prompts, the data now has 13; restore the data or "
+        "start anew with resume=no\n"
+    )
+
+
+def test_another_model_is_refused_on_resume(finished, tiny_llama):
+    ended = fastgrpo(*settings(tiny_llama, "resume=auto"))
+    assert ended.code == 2
+    assert ended.err == (
+        "fastgrpo: resume=run/checkpoints/step-000006/learner: not a state of this model; resume with the model.path "
+        "of then\n"
+    )
+    assert checkpoints(finished) == list(CHECKPOINTS)
+
+
+def test_a_reference_that_was_not_saved_is_missed_on_resume(workplace, tiny_qwen2):
+    short = ["train", *small_run(tiny_qwen2, "train.num_steps=1")]
+    assert fastgrpo(*short, "algorithm.kl_coef=0").code == 0
+    ended = fastgrpo(*short, "algorithm.kl_coef=0.1", "resume=auto")
+    assert ended.code == 2
+    assert ended.err == (
+        "fastgrpo: resume=run/checkpoints/step-000001/learner: saved without a reference model; resume with "
+        "algorithm.kl_coef=0\n"
+    )
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_checkpoints_are_kept(keep, workplace, tiny_qwen2):
+    ended = fastgrpo(*settings(tiny_qwen2, f"checkpoint.keep={keep}", "checkpoint.every=1"))
+    assert (ended.code, ended.err) == (0, "")
+    assert checkpoints(Path("run")) == ["step-000005", "step-000006"][2 - keep :]
+
+
+def test_a_full_disk_ends_the_run_in_one_line_with_its_checkpoints_whole(workplace, tiny_qwen2, undisturbed):
+    full = partial(fill_the_disk_at, "fastgrpo.checkpoint:Checkpoints.prepare", 2, 50_000)
+    ended = fastgrpo(*settings(tiny_qwen2), install=full)
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert ended.err.startswith("fastgrpo: checkpoint of step 4 cannot be written to run/checkpoints: ")
+    assert ended.err.endswith("; free space or choose another run.dir, then go on with resume=auto\n")
+    assert checkpoints(Path("run")) == ["step-000002"]
+    resume(tiny_qwen2)
+    assert_same_run(Path("run"), undisturbed)
+
+
+def test_a_disk_full_at_the_export_leaves_a_run_that_can_go_on(workplace, tiny_qwen2, undisturbed):
+    full = partial(fill_the_disk_at, "fastgrpo.models.hf:save_pretrained", 1, 50_000)
+    ended = fastgrpo(*settings(tiny_qwen2), install=full)
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert ended.err.startswith("fastgrpo: run.dir=run: ")
+    resume(tiny_qwen2)
+    assert_same_run(Path("run"), undisturbed)
+
+
+def test_a_disk_full_at_the_metrics_ends_the_run_in_one_line(workplace, tiny_qwen2):
+    Path("run").mkdir()
+    Path("run/samples.jsonl").symlink_to("/dev/full")
+    ended = fastgrpo(*settings(tiny_qwen2))
+    assert ended.code == 2
+    assert ended.err == (
+        "fastgrpo: run.dir=run: [Errno 28] No space left on device; make room or mend the disk, then go on with "
+        "resume=auto (checkpoints written before are whole)\n"
+    )
+
+
+def test_the_export_is_the_policy_for_plain_transformers(undisturbed, tiny_qwen2):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (kind.from_pretrained(undisturbed / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    state = torch.load(undisturbed / "checkpoints/step-000006/learner/learner.pt", weights_only=True)["model"]
+    plain = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    ids = torch.tensor([tokenizer("123+456=")["input_ids"]])
+    assert ids.shape == (1, 8)
+    assert tokenizer.decode(ids[0]) == "123+456="
+    start = plain(ids).logits
+    plain.load_state_dict(state)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert not torch.equal(model(ids).logits, start)
+    assert load_file(undisturbed / "hf/model.safetensors").keys() <= state.keys()
