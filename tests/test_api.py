@@ -1,0 +1,95 @@
+"""fastgrpo from a notebook: one's own prompts and reward function in a dozen lines."""
+
+import pytest
+
+import fastgrpo
+from fastgrpo.config import UserError
+
+SMALL = [
+    "run.console=none",
+    "run.trackers=[]",
+    "reward.num_workers=0",
+    "train.num_steps=2",
+    "train.prompts_per_step=4",
+    "train.learning_rate=1e-3",
+    "algorithm.group_size=4",
+    "sampling.max_new_tokens=6",
+]
+
+
+def test_a_dozen_lines_train_on_own_prompts_and_reward(workplace, tiny_qwen2):
+    calls = []
+
+    def vowels(completion, answer):
+        calls.append((completion, answer))
+        return sum(letter in "aeiou" for letter in completion.lower())
+
+    questions = [{"question": f"Say {i}: ", "answer": str(i)} for i in range(20)]
+    result = fastgrpo.train(questions, reward=vowels, overrides=[f"model.path={tiny_qwen2}", *SMALL])
+
+    assert [row["step"] for row in result.metrics] == [0, 1, 2]
+    assert result.metrics[-1]["policy_version"] == 2
+    assert result.model_path == result.run_dir / "hf"
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(result.model_path)
+    assert {answer for _, answer in calls} <= {str(i) for i in range(20)}
+    assert len(calls) >= 2 * 4 * 4
+    assert (result.run_dir / "report.html").exists()
+
+
+def test_texts_alone_are_prompts_and_a_tenth_is_held_out(workplace, tiny_qwen2):
+    def seen(completion, prompt):
+        return float(prompt in texts)
+
+    texts = [f"Say {i}: " for i in range(20)]
+    result = fastgrpo.train(texts, reward=seen, overrides=[f"model.path={tiny_qwen2}", "run.dir=run", *SMALL])
+    assert str(result.run_dir) == "run"
+    assert result.metrics[-1]["reward/mean"] == 1.0
+    assert result.metrics[0]["eval/accuracy"] == 1.0
+
+
+def test_a_closure_is_sent_to_worker_processes(workplace, tiny_qwen2):
+    bonus = 0.5
+    overrides = [f"model.path={tiny_qwen2}", *SMALL, "reward.num_workers=1", "train.num_steps=1"]
+    result = fastgrpo.train(["a", "b", "c", "d"], reward=lambda completion: bonus, overrides=overrides)
+    assert result.metrics[-1]["reward/mean"] == 0.5
+
+
+def test_a_stopped_training_goes_on(workplace, tiny_qwen2):
+    def length(completion):
+        return len(completion) / 10
+
+    overrides = [f"model.path={tiny_qwen2}", *SMALL, "run.dir=run"]
+    prompts = [f"{i}=" for i in range(8)]
+    fastgrpo.train(prompts, reward=length, overrides=[*overrides, "train.num_steps=1"])
+    result = fastgrpo.train(prompts, reward=length, overrides=[*overrides, "resume=auto"])
+    assert [row["step"] for row in result.metrics] == [0, 1, 2]
+    whole = fastgrpo.train(prompts, reward=length, overrides=[*overrides, "run.dir=whole"])
+    assert (result.model_path / "model.safetensors").read_bytes() == (
+        whole.model_path / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "overrides", "message"),
+    [
+        ([3], [], "prompts: 3 is neither a text nor a mapping of columns"),
+        (["a"], ["train.learning_rat=1"], "train.learning_rat: no such key; did you mean train.learning_rate"),
+        ([], [], "has no rows; give a file with at least one"),
+        ([{"text": "a"}], [], "has no column 'question' (data.prompt_column); its columns are text"),
+    ],
+)
+def test_mistakes_are_raised_in_one_line(prompts, overrides, message, workplace, tiny_qwen2):
+    with pytest.raises(UserError) as error:
+        fastgrpo.train(
+            prompts, reward=lambda completion: 0.0, overrides=[f"model.path={tiny_qwen2}", *SMALL, *overrides]
+        )
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_prompts_it_trains_on_the_configured_data(workplace, tiny_qwen2):
+    more = ["data=arithmetic", "data.num_problems=20", "data.eval_size=2", "run.dir=run"]
+    result = fastgrpo.train(overrides=[f"model.path={tiny_qwen2}", *SMALL, *more])
+    assert len(result.metrics) == 3
