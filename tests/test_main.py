@@ -300,14 +300,14 @@ def test_a_mistake_in_the_shell_is_one_line_and_exit_code_2(workplace, tiny_qwen
 
 
 def test_an_unknown_command_is_refused(refusal):
-    assert refusal("trian") == "'trian' is no command; use one of train, eval, report"
+    assert refusal("trian") == "'trian' is no command; use one of train, eval, verify, report"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_without_a_command_it_says_how_to_use_it(arguments, call):
     code, out, err = call(*arguments)
     assert (code, err) == (0, "")
-    assert out.startswith("usage: fastgrpo train|eval|report [KEY=VALUE ...]\n")
+    assert out.startswith("usage: fastgrpo train|eval|verify|report [KEY=VALUE ...]\n")
     assert "`fastgrpo train --help` lists every key." in out
 
 

@@ -18,6 +18,7 @@ from fastgrpo.help import group_choices
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
+from fastgrpo.ranks import join_job
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import annotate, lay_out, relate, train
 
@@ -27,7 +28,7 @@ PARTS = ("generate", "reward", "logprobs", "update", "share", "checkpoint", "eva
 @contextmanager
 def assembled(*overrides: str):
     config, _ = compose("train", with_shorthands([*overrides, "run.console=none"]))
-    with assemble(config) as run:
+    with assemble(config, join_job()) as run:
         yield run
 
 
