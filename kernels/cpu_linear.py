@@ -10,6 +10,8 @@ Letters: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,8 +55,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     float32 CPU tensors with enough rows go through oneDNN; everything else through torch.nn.functional.linear.
     """
-    num_rows = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or x.dtype != torch.float32 or num_rows < MIN_ROWS or not is_available():
+    num_rows, empty = math.prod(x.shape[:-1]), 0 in weight.shape  # a vocabulary shard may be nothing but padding
+    if x.device.type != "cpu" or x.dtype != torch.float32 or num_rows < MIN_ROWS or empty or not is_available():
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(num_rows, -1), weight, bias).view(*x.shape[:-1], -1)
 

@@ -37,6 +37,11 @@ def test_leading_dimensions_and_other_dtypes():
     assert torch.equal(linear(x.double(), wide.weight, wide.bias), wide(x.double()))
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 4), (6, 0)])
+def test_an_empty_side_is_a_product_too(inputs, outputs):
+    assert torch.equal(linear(torch.ones(20, inputs), torch.ones(outputs, inputs)), torch.zeros(20, outputs))
+
+
 def test_a_model_keeps_its_parameters_and_names():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     before, x = copy.deepcopy(model), torch.randn(20, 6)
