@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     rows = []
     machine = report.machine()
-    print(f"{machine['device']}; {platform.system()} {platform.release()}\n")
+    print(f"{machine['gpu']}; {platform.system()} {platform.release()}\n")
     for prompt_length in args.prompt_lengths:
         measured = measure(make_case(prompt_length, args.groups_per_microbatch, smoke=args.smoke), args)
         print(report.table(measured), flush=True)

@@ -15,8 +15,9 @@ from step_workers.case import Case
 from step_workers.floor import step_flops
 from step_workers.gate import Ready, StepReport
 
-COLUMNS = ("kernel", "provider", "mode", "metric", "unit", "x", "p50", "p20", "p80", "version")
-MACHINE_COLUMNS = ("device", "timestamp", "commit")
+VALUE_COLUMNS = ("kernel", "provider", "mode", "metric", "unit", "x", "p50", "p20", "p80", "versions")
+# The kernels' benchmarks write the same columns (harness.py); here `gpu` names the processor that ran.
+COLUMNS = (*VALUE_COLUMNS[:-1], "gpu", "commit", "timestamp", "versions")
 PARTS = ("generate", "reward", "logprobs", "update", "other")
 OURS, THEIRS = "fastgrpo", "trl"
 MB = 1e6
@@ -146,7 +147,7 @@ def rows(measured: Measured) -> list[dict[str, object]]:
         named = [p for p in measured.providers if p in provider.split("/")]
         version = ", ".join([*(f"{p} {measured.ready[p].version}" for p in named), torch_version])
         cells = ("grpo_step", provider, mode, metric, unit, measured.case.prompt_length, *values, version)
-        found.append(dict(zip(COLUMNS, cells, strict=True)))
+        found.append(dict(zip(VALUE_COLUMNS, cells, strict=True)))
 
     for provider in measured.providers:
         add(provider, "full", "time", "s", quantiles(measured.seconds(provider)))
@@ -175,7 +176,7 @@ def rows(measured: Measured) -> list[dict[str, object]]:
 def write_csv(path: Path, found: list[dict[str, object]], machine: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *MACHINE_COLUMNS], lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in found:
             numbers = {name: f"{row[name]:.6g}" for name in ("p50", "p20", "p80")}
@@ -190,7 +191,7 @@ def machine() -> dict[str, str]:
         ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here, capture_output=True, text=True, check=False
     )
     return {
-        "device": f"{_processor()}, {threads} threads",
+        "gpu": f"{_processor()}, {threads} threads",
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": described.stdout.strip() or "unknown",
     }

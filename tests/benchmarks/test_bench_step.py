@@ -76,7 +76,7 @@ def test_both_sides_in_turns_give_a_complete_csv_with_equal_counts(tmp_path):
         medians = value(rows, "trl", "time", x) / value(rows, "fastgrpo", "time", x)
         assert value(rows, "trl/fastgrpo", "speedup_of_medians", x) == pytest.approx(medians, rel=1e-4)
         assert value(rows, "fastgrpo", "share_of_floor", x) > 0
-    assert all(row["device"] and row["timestamp"] and row["commit"] and row["version"] for row in rows)
+    assert all(row["gpu"] and row["timestamp"] and row["commit"] and row["versions"] for row in rows)
 
 
 def test_our_side_runs_alone(tmp_path):
