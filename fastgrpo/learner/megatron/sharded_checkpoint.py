@@ -1,8 +1,8 @@
 """A learner's state on disk, written by all ranks at once and readable by every other layout.
 
 Each rank writes its own shards through Megatron's dist_checkpointing, which records where they lie in the whole
-tensors; on loading, each rank reads what its own layout needs. Only the float32 optimizer can be resharded without
-transformer-engine, so a bfloat16 model's masters travel as the optimizer's own sharded state does.
+tensors; on loading, each rank reads what its own layout needs. The optimizer's moments, and a bfloat16 model's float32
+masters, lie and travel as their parameters do.
 
 The directory is a file set beside others: writing it whole or not at all is the caller's business. A script that saves
 needs the `if __name__ == "__main__"` guard, because the writer starts a process that imports it again.

@@ -6,18 +6,34 @@ Usage: job.py RANK NUM_PROCESSES DIRECTORY, with one Hugging Face directory a mo
 from __future__ import annotations
 
 import sys
+import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from scenario import CASES, NUM_STEPS, OBJECTIVE, TRAIN, Case, batches_of, with_logprobs
+from scenario import (
+    CASES,
+    NUM_STEPS,
+    OBJECTIVE,
+    RESHARDED,
+    RESHARDED_MODEL,
+    TRAIN,
+    Case,
+    batches_of,
+    model_of,
+    with_logprobs,
+)
 
+from fastgrpo.config import UserError
 from fastgrpo.learner.megatron import convert, parallel
 from fastgrpo.learner.megatron.hf_weights import from_directory
+from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.learner import MegatronLearner
+from fastgrpo.learner.torch_learner import TorchLearner
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
@@ -107,12 +123,117 @@ def ranks_differ(result: dict[str, Any]) -> list[str]:
     return [key for key in mine if any(other[key] != mine[key] for other in everyone)]
 
 
+def reshard(directory: Path) -> list[dict[str, Any]]:
+    """Two steps in the first layout, saved; then a third step there, and from the saved state in all the others."""
+    saved, results = directory / "sharded", []
+    for index, layout in enumerate(RESHARDED):
+        learner = MegatronLearner.from_pretrained(
+            str(directory / RESHARDED_MODEL), layout, TRAIN, num_updates=NUM_STEPS + 1, reference=True
+        )
+        batches = with_logprobs(batches_of(True), learner)
+        mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
+        if index == 0:
+            for _ in range(NUM_STEPS - 1):
+                learner.update(mine, OBJECTIVE)
+            learner.move_reference(0.5)
+            if dist.get_rank() == 0:
+                saved.mkdir()
+            dist.barrier()
+            learner.save(saved)
+        else:
+            learner.load(saved)
+        step = learner.update(mine, OBJECTIVE)
+        reference = [learner.logprobs(batch, temperature=1.0, reference=True) for batch in batches]
+        weights = {name: tensor.clone() for name, tensor in learner.named_weights()}
+        results.append({"step": vars(step), "weights": weights, "reference": by_token(batches, reference)})
+        parallel.destroy()
+    return results
+
+
+def bfloat16(directory: Path) -> dict[str, Any]:
+    """Steps far below bfloat16's resolution, which only float32 masters can add up; then a save and a load."""
+    config = replace(TRAIN, learning_rate=1e-5)
+    path, model = directory / RESHARDED_MODEL, model_of(RESHARDED_MODEL).bfloat16()
+    oracle = TorchLearner(model, config, num_updates=9, reference=model_of(RESHARDED_MODEL).bfloat16())
+    learner = MegatronLearner.from_pretrained(
+        str(path), Layout(), config, num_updates=9, reference=True, dtype=torch.bfloat16
+    )
+    batches = with_logprobs(batches_of(True), oracle)
+    masters = [learner.optimizer.optimizer.get_parameters(), oracle.optimizer.masters]
+    start = [[master.clone() for master in each] for each in masters]
+    for _ in range(NUM_STEPS):
+        steps = [vars(each.update(batches, OBJECTIVE)) for each in (learner, oracle)]
+    moved = [
+        sum((a - b).abs().sum().item() for a, b in zip(*pair, strict=True)) for pair in zip(masters, start, strict=True)
+    ]
+    saved = directory / "bfloat16"
+    saved.mkdir()
+    learner.save(saved)
+    twice = []
+    for _ in range(2):
+        twice.append((vars(learner.update(batches, OBJECTIVE)), [w.clone() for _, w in learner.named_weights()]))
+        learner.load(saved)
+    parallel.destroy()
+    return {
+        "steps": steps,
+        "dtypes": {tensor.dtype for _, tensor in learner.policy[0].named_parameters()},
+        "movement": moved,
+        "goes_on": twice[0][0] == twice[1][0] and all(map(torch.equal, twice[0][1], twice[1][1])),
+    }
+
+
+def odd_checkpoints(directory: Path) -> dict[str, Any]:
+    """Saved before the first step, without a reference or with one too many, and none at all: what loading says."""
+
+    def learner_with(reference: bool) -> MegatronLearner:
+        path = str(directory / RESHARDED_MODEL)
+        return MegatronLearner.from_pretrained(path, Layout(), TRAIN, num_updates=1, reference=reference)
+
+    def loading(learner: MegatronLearner, saved: Path) -> int | str:
+        try:
+            learner.load(saved)
+        except UserError as error:
+            return str(error).replace(str(saved), "DIRECTORY")
+        return learner.policy_version
+
+    with_reference, without = learner_with(True), learner_with(False)
+    saved = {name: directory / f"odd-{name}" for name in ("with", "without", "none")}
+    for path in saved.values():
+        path.mkdir()
+    with_reference.save(saved["with"])
+    without.save(saved["without"])
+    said = {
+        "before any step": loading(without, saved["without"]),
+        "one too many": loading(without, saved["with"]),
+        "lacking": loading(with_reference, saved["without"]),
+        "none": loading(without, saved["none"]),
+    }
+    parallel.destroy()
+    return said
+
+
+EXTRAS = {1: {"bfloat16": bfloat16, "odd_checkpoints": odd_checkpoints}, 4: {"reshard": reshard}}
+
+
+def meet(rank: int, num_processes: int, port_file: Path) -> dist.TCPStore:
+    """A store on a port that was free when rank 0 took it. A FileStore is slow for the many groups of a layout."""
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, num_processes, is_master=True, wait_for_workers=False)
+        whole = port_file.with_suffix(".new")
+        whole.write_text(str(store.port))
+        whole.rename(port_file)
+        return store
+    while not port_file.exists():
+        time.sleep(0.02)
+    return dist.TCPStore("127.0.0.1", int(port_file.read_text()), num_processes)
+
+
 def main() -> None:
     rank, num_processes, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    store = dist.FileStore(str(directory / f"store-{num_processes}"), num_processes)
+    store = meet(rank, num_processes, directory / f"port-{num_processes}")
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_processes, timeout=timedelta(seconds=90))
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {name: extra(directory) for name, extra in EXTRAS.get(num_processes, {}).items()}
     for case in CASES:
         if case.processes != num_processes:
             continue

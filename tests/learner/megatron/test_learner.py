@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from oracle import error, largest_error
 from scenario import CASES, NUM_STEPS, model_of
 
 TOLERANCE = 2e-5
@@ -14,17 +14,6 @@ def each(cases):
 
 
 each_case = each(CASES)
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest expected value."""
-    assert actual.shape == expected.shape
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
-def largest_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    assert actual.keys() == expected.keys()
-    return max((error(actual[name], expected[name]), name) for name in expected)
 
 
 @each_case

@@ -1,0 +1,41 @@
+"""Start a distributed job and read what came out of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+LIMIT_S = 500
+
+
+def run_job(num_processes: int, directory: Path) -> dict[str, Any]:
+    """Start the job's processes and wait for them; the first to fail takes the others down and is shown."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(HERE / "job.py")]
+    logs = [directory / f"log-{num_processes}-{rank}.txt" for rank in range(num_processes)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with open(log, "w") as file:
+            arguments = [str(rank), str(num_processes), str(directory)]
+            processes.append(subprocess.Popen([*command, *arguments], stdout=file, stderr=file, env=environment))
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = [rank for rank, process in enumerate(processes) if process.poll()]
+            assert not failed, f"rank {failed[0]}:\n{logs[failed[0]].read_text()[-4000:]}"
+            assert time.monotonic() < deadline, f"the job hangs; rank 0 says:\n{logs[0].read_text()[-4000:]}"
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    failed = [rank for rank, process in enumerate(processes) if process.returncode]
+    assert not failed, f"rank {failed[0]}:\n{logs[failed[0]].read_text()[-4000:]}"
+    return torch.load(directory / f"results-{num_processes}.pt")

@@ -1,0 +1,33 @@
+"""A state saved by one layout goes on in every other."""
+
+import pytest
+import torch
+from oracle import largest_error
+from scenario import NUM_STEPS, RESHARDED
+
+
+@pytest.mark.parametrize("index", range(1, len(RESHARDED)), ids=lambda index: str(RESHARDED[index]).replace(" ", "-"))
+def test_the_next_step_is_the_same_in_every_layout(index, results_of):
+    first, other = (results_of(4)["reshard"][i] for i in (0, index))
+    assert other["step"]["policy_version"] == NUM_STEPS
+    assert other["step"]["loss"] == pytest.approx(first["step"]["loss"], rel=5e-6)
+    worst, name = largest_error(other["weights"], first["weights"])
+    assert worst <= 1e-6, name
+    assert (other["reference"] - first["reference"]).abs().max() <= 1e-5
+
+
+def test_the_same_layout_goes_on_bit_for_bit(results_of):
+    first, again = results_of(4)["reshard"][0], results_of(4)["reshard"][-1]
+    assert RESHARDED[0] == RESHARDED[-1]
+    assert again["step"] == first["step"]
+    assert all(torch.equal(again["weights"][name], tensor) for name, tensor in first["weights"].items())
+    assert torch.equal(again["reference"], first["reference"])
+
+
+def test_what_is_missing_from_a_checkpoint_is_named(results_of):
+    assert results_of(1)["odd_checkpoints"] == {
+        "before any step": 0,
+        "one too many": 0,
+        "lacking": "resume=DIRECTORY: saved without a reference model; resume with algorithm.kl_coef=0",
+        "none": "resume=DIRECTORY: no state of a Megatron learner there",
+    }
