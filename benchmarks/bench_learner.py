@@ -1,0 +1,218 @@
+"""One update of the Megatron learner on fixed fake rollouts: tokens/s, MFU and peak memory a rank, for a layout.
+
+    python benchmarks/bench_learner.py                                              # one process
+    torchrun --nproc-per-node 4 benchmarks/bench_learner.py --tp 2 --pp 2 [--model qwen3-0.6b] [--out FILE.csv]
+
+Weights are random and rollouts the same for every layout, made by every rank, so nothing is downloaded. On one process
+the torch learner is measured beside it, in turns. On a CPU the numbers compare layouts with each other, no more.
+
+MFU is the work that the update needs over what the devices could do in its time (--peak-tflops a device, dense):
+    3 * (2 * P * T  +  2 * V * H * N  +  4 * L * A * D * pairs)
+with P weights in the layers' matrices, T packed tokens (prompts once a group), N scored ones, L layers, A heads of size
+D, and pairs the number of (query, key) pairs that attention may see. Backward counts twice forward; recomputation of
+activations and the padding of shards count nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from harness import RESULTS, Table
+
+from fastgrpo.config import TrainConfig
+from fastgrpo.data.packing import Sequence, pack
+from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.megatron.architecture import Architecture
+from fastgrpo.learner.megatron.layout import Layout
+from fastgrpo.learner.megatron.learner import MegatronLearner
+from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.models.hf import ATTENTION
+from fastgrpo.types import PackedBatch
+
+HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
+MODELS = {
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 4096,
+    },
+    "qwen3-0.6b": {**HEADS, "hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936},
+    "qwen3-1.7b": {**HEADS, "hidden_size": 2048, "intermediate_size": 6144, "vocab_size": 151936},
+}
+
+
+def random_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
+    """The same random weights on every rank, with attention that only fastgrpo's hook computes."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).to(dtype)
+
+
+def rollouts(args: argparse.Namespace, vocab_size: int) -> list[PackedBatch]:
+    """Groups of ragged completions, in micro-batches."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = []
+    for group in range(args.groups):
+        prompt = torch.randint(0, vocab_size, (args.prompt_tokens,), generator=generator)
+        for _ in range(args.group_size):
+            length = int(
+                torch.randint(args.completion_tokens // 2, args.completion_tokens + 1, (), generator=generator)
+            )
+            sequence = Sequence(
+                sequence_id=len(sequences),
+                group_id=group,
+                prompt_ids=prompt,
+                token_ids=torch.randint(0, vocab_size, (length,), generator=generator),
+                advantages=torch.randn(1, generator=generator).expand(length),
+                token_weights=torch.full((length,), 1 / length / args.groups / args.group_size),
+                sampler_logprobs=torch.full((length,), -5.0),
+            )
+            sequences.append(sequence)
+    return pack(sequences, max_tokens=args.tokens_per_microbatch, share_prompts=True)
+
+
+def needed_flops(architecture: Architecture, batches: list[PackedBatch]) -> float:
+    """The formula above, for one update."""
+    a = architecture
+    attention = a.hidden_size * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads)
+    matrices = a.num_layers * (attention + 3 * a.hidden_size * a.ffn_size)
+    tokens, scored, pairs = 0, 0, 0
+    for batch in batches:
+        start, end, prefix_start, prefix_end = batch.segments.unbind(1)
+        length = end - start
+        pairs += int((length * (length + 1) // 2 + length * (prefix_end - prefix_start)).sum())
+        tokens, scored = tokens + batch.num_tokens, scored + batch.num_scored
+    head = 2 * a.vocab_size * a.hidden_size * scored
+    return 3.0 * (2 * matrices * tokens + head + 4 * a.num_layers * a.num_heads * a.head_size * pairs)
+
+
+def timed(update: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the slowest rank is done."""
+    _wait(device)
+    start = time.perf_counter()
+    update()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
+
+
+def measure(args: argparse.Namespace, device: torch.device, table: Table) -> None:
+    config = transformers.Qwen3Config(**MODELS[args.model], max_position_embeddings=32768, tie_word_embeddings=True)
+    architecture = Architecture.of(config)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    train, objective = TrainConfig(), Objective()
+    model = random_model(config, dtype)
+    layout = Layout(tp=args.tp, pp=args.pp, vpp=args.vpp, sp=args.sp)
+    learner = MegatronLearner(
+        architecture,
+        model.state_dict().__getitem__,
+        layout,
+        train,
+        num_updates=1000,
+        dtype=dtype,
+        recompute=args.recompute,
+    )
+    batches = rollouts(args, config.vocab_size)
+    mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
+    updates: dict[str, Callable[[], object]] = {"fastgrpo-megatron": lambda: learner.update(mine, objective)}
+    if dist.get_world_size() == 1:
+        torch_learner = TorchLearner(model.to(device), train, num_updates=1000)
+        updates["fastgrpo-torch"] = lambda: torch_learner.update(batches, objective)
+    else:
+        del model
+    for update in updates.values():
+        update()
+    seconds: dict[str, list[float]] = {name: [] for name in updates}
+    for _ in range(args.rounds):
+        for name, update in updates.items():
+            seconds[name].append(timed(update, device))
+    peaks = peak_bytes(device) if len(updates) == 1 else []
+    if dist.get_rank() == 0:
+        report(args, table, layout, architecture, batches, seconds, peaks)
+
+
+def peak_bytes(device: torch.device) -> list[int]:
+    """Of every rank's device; none on a CPU."""
+    if device.type != "cuda":
+        return []
+    peaks = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, torch.cuda.max_memory_allocated(device))
+    return peaks
+
+
+def report(
+    args: argparse.Namespace,
+    table: Table,
+    layout: Layout,
+    architecture: Architecture,
+    batches: list[PackedBatch],
+    seconds: dict[str, list[float]],
+    peaks: list[int],
+) -> None:
+    """Rows for every provider; peak memory is given only where one provider ran, so that it is that provider's."""
+    tokens, world_size = sum(batch.num_tokens for batch in batches), dist.get_world_size()
+    x = f"{args.model} {layout} dp={world_size // layout.num_model_ranks} tokens={tokens}"
+    flops = needed_flops(architecture, batches)
+    for name, values in seconds.items():
+        table.add("learner", name, "update", "rate", "tok/s", x, [tokens / value for value in values])
+        table.add("learner", name, "update", "time", "ms", x, [value * 1e3 for value in values])
+        if args.peak_tflops:
+            peak = args.peak_tflops * 1e12 * world_size
+            table.add("learner", name, "update", "mfu", "%", x, [100 * flops / value / peak for value in values])
+    for rank, peak in enumerate(peaks):
+        table.add("learner", "fastgrpo-megatron", "update", "peak_memory", "bytes", f"{x} rank={rank}", [peak])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b" if torch.cuda.is_available() else "tiny")
+    for name in ("tp", "pp", "vpp"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--sp", action="store_true")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=256 if torch.cuda.is_available() else 32)
+    parser.add_argument("--completion-tokens", type=int, default=640 if torch.cuda.is_available() else 48)
+    parser.add_argument("--tokens-per-microbatch", type=int, default=16384 if torch.cuda.is_available() else 512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peak-tflops", type=float, help="of one device, dense; 989 for an H100 or H200 in bfloat16")
+    parser.add_argument("--out", type=Path, default=RESULTS / "learner.csv")
+    args = parser.parse_args()
+    start_process_group()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    table = Table(device)
+    measure(args, device, table)
+    if dist.get_rank() == 0:
+        table.write(args.out)
+    dist.destroy_process_group()
+
+
+def start_process_group() -> None:
+    """torchrun's, or one of this process alone."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+if __name__ == "__main__":
+    main()
