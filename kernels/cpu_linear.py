@@ -58,7 +58,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     num_rows, empty = math.prod(x.shape[:-1]), 0 in weight.shape  # a vocabulary shard may be nothing but padding
     if x.device.type != "cpu" or x.dtype != torch.float32 or num_rows < MIN_ROWS or empty or not is_available():
         return F.linear(x, weight, bias)
-    return _Linear.apply(x.reshape(num_rows, -1), weight, bias).view(*x.shape[:-1], -1)
+    compute = _Linear.apply if torch.is_grad_enabled() else _product  # decoding is many small calls
+    return compute(x.reshape(num_rows, -1), weight, bias).view(*x.shape[:-1], -1)
 
 
 class CpuLinear(nn.Linear):

@@ -76,7 +76,7 @@ def _local_or_hub(key: str, path: str) -> str:
     """Refuse what can be neither a model directory nor a hub name, before Hugging Face's own long error."""
     directory = Path(path).expanduser()
     if directory.is_dir():
-        if not (directory / "config.json").is_file():
+        if key == "model.path" and not (directory / "config.json").is_file():
             raise UserError(f"{key}={path}: the directory has no config.json; give a Hugging Face model directory")
         return str(directory)
     if directory.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
