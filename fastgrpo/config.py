@@ -83,7 +83,7 @@ class DataConfig:
     system_prompt: str | None = None
     """Put before every question; needs a tokenizer with a chat template."""
     prompt_template: str = "{prompt}"
-    """Wraps a text prompt, for example "{prompt}\\nThink step by step." """
+    """Wraps a text prompt, for example "Question: {prompt} Answer:"."""
     chat_template: bool = True
     """Apply the tokenizer's chat template where it has one."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

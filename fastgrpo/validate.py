@@ -158,6 +158,8 @@ def _combinations(config: Config) -> None:
             "eval.num_samples", config.eval.num_samples, "greedy samples are all equal; set eval.temperature above 0"
         )
     _layout(config)
+    if config.model.path == "":
+        refuse("model.path", '""', "model=hf needs a Hugging Face directory or hub name; add model.path=...")
     if config.model.path is None and config.data.source != "arithmetic":
         refuse(
             "model.path", None, f"data.source={config.data.source} needs a model; give a Hugging Face directory or name"
