@@ -117,6 +117,9 @@ class ScoredGroup:
     """(G,) float32 for outcomes, or G tensors (R_i,) for process supervision."""
 
 
+HOST_FIELDS = ("segments", "cu_scored", "sequence_ids")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """Groups laid out without padding as [prompt | completion 1 | ... | completion G], one after the other.
@@ -168,11 +171,11 @@ class PackedBatch:
         return self.targets.shape[0]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor but `segments` on the device (the host plans attention from those)."""
+        """The same batch on the device, but for what the host plans from: segments, cu_scored and sequence_ids."""
         moved = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "segments"
+            if isinstance(value := getattr(self, f.name), Tensor) and f.name not in HOST_FIELDS
         }
         return replace(self, **moved)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastgrpo.config import TrainConfig, UserError
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
-from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.loss_inputs import loss_inputs
 from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.optimizer import Optimizer, learning_rate
 from fastgrpo.models.attention import PackedAttention
@@ -47,16 +48,9 @@ class TorchLearner:
         sums = LossSums()
         for batch in batches:
             batch = batch.to(self.model.device)
-            inputs = LossInputs(
-                targets=batch.targets,
-                advantages=batch.advantages,
-                token_weights=batch.token_weights,
-                old_logprobs=batch.old_logprobs,
-                ref_logprobs=batch.ref_logprobs,
-                importance_weights=batch.importance_weights,
-                cu_seqlens=batch.cu_scored,
+            output = linear_policy_loss(
+                self._scored_hidden(self.model, batch), self._head, loss_inputs(batch), objective
             )
-            output = linear_policy_loss(self._scored_hidden(self.model, batch), self._head, inputs, objective)
             output.loss.backward()
             sums.add(output, batch)
         grad_norm = float(self.optimizer.clip_grad_norm())

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
-from fastgrpo.kernels.objective import LossInputs, LossOutput, Objective
+from fastgrpo.kernels.objective import LossOutput, Objective
+from fastgrpo.learner.loss_inputs import loss_inputs
 from fastgrpo.learner.megatron.model import HiddenStatesModel
 from fastgrpo.learner.megatron.parallel import Parallel
 from fastgrpo.types import PackedBatch
@@ -22,19 +23,10 @@ def policy_loss(
     hidden: (T, 1, H), or (T / tp, 1, H) under sequence parallelism. The head's gradient goes to its main_grad while
     the loss is computed; hidden's is summed over tensor parallelism, by the head or on its way back to the shards.
     """
-    inputs = LossInputs(
-        targets=batch.targets,
-        advantages=batch.advantages,
-        token_weights=batch.token_weights,
-        old_logprobs=batch.old_logprobs,
-        ref_logprobs=batch.ref_logprobs,
-        importance_weights=batch.importance_weights,
-        cu_seqlens=batch.cu_scored,
-    )
     return linear_policy_loss(
         scored_rows(hidden, batch, parallel),
         model.head_weight,
-        inputs,
+        loss_inputs(batch),
         objective,
         tp_group=_split(parallel),
         vocab_size=model.architecture.vocab_size,
