@@ -33,7 +33,7 @@ setup(
         # tests compare with: other people's losses, the real Megatron, sympy's mathematics.
         "test": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "triton==3.6.0", "numpy<2.4"),
-            *("trl==1.16.0", "liger-kernel==0.8.5", "megatron-core>=0.16.1,<0.18", "math-verify"),
+            *("trl==1.16.0", "liger-kernel==0.8.5", "megatron-core>=0.16.1,<0.18", "math-verify", "matplotlib"),
         ],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib"],
         "megatron": ["megatron-core>=0.16.1,<0.18"],

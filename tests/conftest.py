@@ -1,6 +1,10 @@
 """Fixtures of the whole suite."""
 
 import os
+import signal
+
+# A shell that starts the suite in the background lets it ignore Ctrl-C, and so would the runs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests run in several processes on few cores: threads that spin for each other would starve them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -21,7 +21,7 @@ def test_gpu_command_smoke(tmp_path):
     assert {"linear_policy_loss", "policy_loss", "logprobs", "linear_logprobs", "group_advantages"} <= ours
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
     assert {row["gpu"] for row in rows} == {"none (CPU smoke test)"}  # nobody mistakes this for a measurement
-    assert out.with_suffix(".html").exists()
+    assert out.with_suffix(".png").exists()
 
 
 def test_without_a_gpu_nothing_is_measured():
