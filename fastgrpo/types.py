@@ -194,3 +194,27 @@ class StepResult:
     skipped: bool
     """True where a non-finite loss or gradient left the weights untouched."""
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSlice:
+    """A box of one of the policy's tensors, in this rank's memory.
+
+    A learner and a sampler each describe what they hold in these terms, whatever they fuse, cut or pad; comparing the
+    two says what can be one and the same memory and what has to move where (weights.py).
+
+    Example, rank 1 of tp=2 holding the lower half of a (509, 64) embedding in a (256, 64) parameter:
+        WeightSlice(name="model.embed_tokens.weight", full_shape=(509, 64), start=(256, 0), tensor=weight[:253],
+                    num_padding_rows=3)
+    """
+
+    name: str
+    """The tensor's name in a Hugging Face checkpoint (one name an expert's matrix, none for a tied head)."""
+    full_shape: tuple[int, ...]
+    """The tensor's shape in that checkpoint."""
+    start: tuple[int, ...]
+    """Where the box begins in it."""
+    tensor: Tensor
+    """The box: a view of this rank's memory, not a copy."""
+    num_padding_rows: int = 0
+    """Rows that follow the box in memory and belong to it, but to no entry of the vocabulary."""
