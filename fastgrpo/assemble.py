@@ -136,7 +136,7 @@ def make_learner(
     needs_reference = config.algorithm.kl_coef > 0
     if learner.kind == "torch":
         model = load_model(config, tokenizer, prompts, notify)
-        reference = copy.deepcopy(model) if needs_reference else None
+        reference = hf.prepare(copy.deepcopy(model)) if needs_reference else None
         if learner.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return TorchLearner(model, train, num_updates=num_updates, reference=reference), model

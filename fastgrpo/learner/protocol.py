@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.ranks import Ranks
-from fastgrpo.types import PackedBatch, StepResult
+from fastgrpo.types import PackedBatch, StepResult, WeightSlice
 
 
 class Learner(Protocol):
@@ -35,6 +35,10 @@ class Learner(Protocol):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy under its Hugging Face names, one whole tensor at a time; all ranks go through it together."""
+        ...
+
+    def weight_slices(self) -> list[WeightSlice]:
+        """What this rank holds of the policy, as views whose addresses stay while the learner lives."""
         ...
 
     def move_reference(self, share: float) -> None:

@@ -17,10 +17,11 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.loss_inputs import loss_inputs
 from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.optimizer import Optimizer, learning_rate
+from fastgrpo.models import storage
 from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.hf import CausalLM, hidden_states
 from fastgrpo.ranks import Ranks
-from fastgrpo.types import PackedBatch, StepResult
+from fastgrpo.types import PackedBatch, StepResult, WeightSlice
 
 
 class TorchLearner:
@@ -95,6 +96,10 @@ class TorchLearner:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
+
+    def weight_slices(self) -> list[WeightSlice]:
+        """See Learner.weight_slices."""
+        return storage.weight_slices(self.model)
 
     @torch.no_grad()
     def move_reference(self, share: float) -> None:

@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from fastgrpo.config import UserError
 from fastgrpo.kernels.cpu_linear import use_cpu_linear
+from fastgrpo.models.storage import lay_out
 
 CausalLM: TypeAlias = Any
 """A transformers model with .model, .lm_head, .config and .device, which its stubs do not tell."""
@@ -113,6 +114,7 @@ def load_model(path: str, *, device: str, dtype: torch.dtype) -> CausalLM:
 
 def prepare(model: CausalLM) -> CausalLM:
     """What every model that learner and sampler run goes through, however it was made."""
+    lay_out(model)
     if model.device.type == "cpu":
         use_cpu_linear(model)
     return model
