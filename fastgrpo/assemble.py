@@ -26,7 +26,7 @@ from fastgrpo.ranks import Ranks, started_by_torchrun
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.torch_sampler import TorchSampler
 from fastgrpo.trainer import Run
-from fastgrpo.types import SamplingParams
+from fastgrpo.types import LogprobContract, SamplingParams
 from fastgrpo.warm_start import cached_path, store, warm_start
 
 QUICKSTART_CONTEXT = 256
@@ -52,6 +52,15 @@ def objective_of(config: Config) -> Objective:
         )
     except ValueError as error:
         raise UserError(str(error).replace("Objective.", "algorithm.")) from None
+
+
+def check_contract(contract: LogprobContract, objective: Objective) -> None:
+    """Raise UserError where the sampler's logprobs are of another temperature than the learner's."""
+    if contract.temperature != objective.temperature:
+        raise UserError(
+            f"sampling.temperature={objective.temperature}: the sampler's logprobs are of temperature "
+            f"{contract.temperature}, so ratios to them would be wrong; use a sampler that reports processed logprobs"
+        )
 
 
 def device_of(config: Config) -> tuple[str, torch.dtype]:
@@ -205,18 +214,24 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
                 notify=console.message,
             )
             stack.enter_context(log)
+        sampler = TorchSampler(model, max_sequences=config.sampler.max_sequences) if learner.ranks.leads else None
+        sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
+        contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))
+        assert contract is not None  # the main rank samples
+        check_contract(contract, objective)
         console.banner(config.run.name, batch_algebra(config, prompts, learner, model))
         stack.enter_context(console)
         yield Run(
             config=config,
             run_dir=run_dir,
             objective=objective,
-            sampling=sampling_params(config, hf.stop_token_ids(model, tokenizer)),
+            sampling=sampling,
+            contract=contract,
             stream=stream,
             eval_prompts=prompts.eval,
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             learner=learner,
-            sampler=TorchSampler(model, max_sequences=config.sampler.max_sequences) if learner.ranks.leads else None,
+            sampler=sampler,
             rewards=rewards if learner.ranks.leads else None,
             log=log,
             console=console,

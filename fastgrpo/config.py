@@ -181,7 +181,11 @@ class AlgorithmConfig:
     """A bonus for entropy."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     importance_level: str = "none"
-    """none | token | sequence: truncated importance sampling from the sampler's to the learner's probabilities."""
+    """none | token | sequence: importance weights from the sampler's to the learner's probabilities."""
+    importance_mode: str = "truncate"
+    """truncate: weights above importance_cap become it.  mask: outside [importance_floor, importance_cap] they become
+    0, so that what sampler and learner disagree on carries no loss."""
+    importance_floor: float = 0.0
     importance_cap: float = 2.0
     mask_truncated: bool = False
     """Completions cut at max_new_tokens keep their place in the group's baseline but carry no loss."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from fastgrpo.config import Config, UserError
 
 RUNS = Path("runs")
+SPEAK_AFTER_MAIN_S = 5.0
 CONF = str(Path(__file__).resolve().parent / "conf")
 HYDRA_OPTIONS = (  # noqa: SIM905
     "--hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
@@ -49,7 +51,12 @@ def main() -> None:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"fastgrpo: {message}", file=sys.stderr)
+    """Print one line and exit with 2."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # Most mistakes are found on every rank. The main one speaks first, and torchrun then ends this process.
+        time.sleep(SPEAK_AFTER_MAIN_S)
+    print(f"fastgrpo: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
     sys.exit(2)
 
 

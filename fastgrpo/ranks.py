@@ -54,13 +54,13 @@ class Ranks:
         dist.all_gather_object(everyone, (self.data_rank, part) if self.leads else None)
         return [found for _, found in sorted((x for x in everyone if x is not None), key=lambda entry: entry[0])]
 
-    def agree(self, flag: bool) -> bool:
-        """True on every rank where it is on any: a signal reaches the processes of a job one after the other."""
+    def any_of(self, value: T | None) -> T | None:
+        """The first rank's value that is not None, on every rank."""
         if self.num_ranks == 1:
-            return flag
-        flags: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(flags, flag)
-        return any(flags)
+            return value
+        values: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(values, value)
+        return next((found for found in values if found is not None), None)
 
     def from_main(self, value: T) -> T:
         """The main rank's value, on every rank."""

@@ -6,6 +6,8 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
+from fastgrpo.ranks import Ranks
+
 
 class StopRequest:
     """A context manager; `signum` is the signal that asked the run to stop, or None."""
@@ -25,6 +27,11 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
+
+    def asked(self, ranks: Ranks) -> bool:
+        """Whether to stop, alike on every rank: a signal reaches the processes of a job one after the other."""
+        self.signum = ranks.any_of(self.signum)
+        return self.signum is not None
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:

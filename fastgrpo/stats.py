@@ -40,11 +40,17 @@ def of_rewards(groups: list[ScoredGroup], failures: Mapping[str, int]) -> dict[s
     }
 
 
-def of_updates(results: list[StepResult]) -> dict[str, float]:
-    """The mean over a step's updates; `updates/skipped` counts those that a non-finite value cancelled."""
+def of_updates(results: list[StepResult], *, comparable: bool) -> dict[str, float]:
+    """The mean over a step's updates; `updates/skipped` counts those that a non-finite value cancelled.
+
+    comparable: whether the sampler's logprobs are of the same distribution as the learner's; where top-p or top-k
+    renormalised them their difference is no mismatch and is left out.
+    """
     row: dict[str, float] = {"updates/skipped": sum(result.skipped for result in results)}
     if not results:
         return row
     rows = [{**result.metrics, "loss": result.loss, "grad_norm": result.grad_norm} for result in results]
     means = {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
+    if not comparable:
+        means = {name: value for name, value in means.items() if not name.startswith("sampler_mismatch/")}
     return {**row, **means, "policy_version": results[-1].policy_version}

@@ -28,7 +28,7 @@ from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.seeding import derive_seed
 from fastgrpo.signals import StopRequest
-from fastgrpo.types import PackedBatch, Prompt, SamplingParams, ScoredGroup, StepResult
+from fastgrpo.types import LogprobContract, PackedBatch, Prompt, SamplingParams, ScoredGroup, StepResult
 
 NUM_SHOWN_GROUPS = 2
 
@@ -41,6 +41,8 @@ class Run:
     run_dir: Path
     objective: Objective
     sampling: SamplingParams
+    contract: LogprobContract
+    """What the sampler's logprobs mean, checked against the objective."""
     stream: PromptStream
     eval_prompts: list[Prompt]
     decode: Callable[[Tensor], str]
@@ -67,7 +69,7 @@ def train(run: Run, stop: StopRequest) -> None:
     weights.share(run.learner, run.sampler)
     if run.step == 0:
         record(run, evaluate_if_due(run), last=False)
-    stopping = run.learner.ranks.agree(stop.signum is not None)
+    stopping = stop.asked(run.learner.ranks)
     while run.step < config.train.num_steps and not stopping:
         run.step += 1
         groups, row = collect(run)  # sample, reward
@@ -79,7 +81,7 @@ def train(run: Run, stop: StopRequest) -> None:
         row |= evaluate_if_due(run)
         show(run, [s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.decode, run.step, "train")])
         # Asked once: the step that ends the loop is the one that is saved.
-        stopping = run.learner.ranks.agree(stop.signum is not None)
+        stopping = stop.asked(run.learner.ranks)
         record(run, row, last=run.step == config.train.num_steps or stopping)
 
 
@@ -150,10 +152,12 @@ def improve(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
     with run.ledger("update"):
         for _ in range(config.updates_per_rollout):
             for minibatch in minibatches:
-                if run.learner.ranks.agree(bool(minibatch)):  # no rank has any where every completion is masked
+                if run.learner.ranks.any_of(
+                    bool(minibatch) or None
+                ):  # no rank has any where every completion is masked
                     results.append(run.learner.update(minibatch, run.objective))
                     refuse_divergence(run, results[-1], minibatch)
-    return stats.of_updates(results)
+    return stats.of_updates(results, comparable=not run.contract.renormalized)
 
 
 def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch]:
@@ -196,8 +200,15 @@ def annotate(run: Run, batch: PackedBatch) -> PackedBatch:
         batch = replace(batch, old_logprobs=run.learner.logprobs(batch, temperature=temperature))
     if correct:
         assert batch.old_logprobs is not None
-        level, cap = algorithm.importance_level, algorithm.importance_cap
-        weight = importance_weights(batch.old_logprobs, batch.sampler_logprobs, batch.cu_scored, level=level, cap=cap)
+        weight = importance_weights(
+            batch.old_logprobs,
+            batch.sampler_logprobs,
+            batch.cu_scored,
+            level=algorithm.importance_level,
+            mode=algorithm.importance_mode,
+            floor=algorithm.importance_floor,
+            cap=algorithm.importance_cap,
+        )
         batch = replace(batch, importance_weights=weight)
     if run.objective.kl_coef > 0:
         reference = run.learner.logprobs(batch, temperature=temperature, reference=True)
@@ -216,8 +227,11 @@ def refuse_divergence(run: Run, result: StepResult, batches: Sequence[PackedBatc
     limit = run.config.train.max_nonfinite_updates
     run.console.message(f"step {run.step}: non-finite loss or gradient, update skipped ({run.num_nonfinite} in a row)")
     if run.num_nonfinite >= limit:
-        path = run.run_dir / f"nonfinite-step-{run.step:06d}.pt"
-        torch.save([vars(batch) for batch in batches], path)
+        ranks = run.learner.ranks
+        part = f"-data-rank-{ranks.data_rank}" if ranks.num_data_ranks > 1 else ""
+        path = run.run_dir / f"nonfinite-step-{run.step:06d}{part}.pt"
+        if ranks.leads:
+            torch.save([vars(batch) for batch in batches], path)
         raise UserError(
             f"step {run.step}: {limit} updates in a row had a non-finite loss or gradient "
             f"(train.max_nonfinite_updates={limit}); the last batch is in {path}; "

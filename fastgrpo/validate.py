@@ -37,6 +37,7 @@ def _choices(config: Config) -> None:
     _one_of("algorithm.advantage", algorithm.advantage, ("std", "mean", "leave_one_out", "process"))
     _one_of("algorithm.aggregation", algorithm.aggregation, ("sequence_mean", "token_mean", "constant"))
     _one_of("algorithm.importance_level", algorithm.importance_level, ("none", "token", "sequence"))
+    _one_of("algorithm.importance_mode", algorithm.importance_mode, ("truncate", "mask"))
     _one_of("algorithm.reference.schedule", algorithm.reference.schedule, ("fixed", "refresh", "ema"))
     _one_of("train.lr_schedule", config.train.lr_schedule, ("constant", "linear", "cosine"))
     _one_of("learner.kind", config.learner.kind, ("torch", "megatron"))
@@ -51,6 +52,7 @@ _AT_LEAST: dict[str, float] = {
     "algorithm.group_size": 1,
     "algorithm.std_ddof": 0,
     "algorithm.min_std": 0,
+    "algorithm.importance_floor": 0,
     "algorithm.overlong_buffer": 0,
     "algorithm.overlong_penalty": 0,
     "algorithm.max_resamples": 1,
@@ -139,6 +141,10 @@ def _combinations(config: Config) -> None:
             "the sampler's probabilities are renormalised by top_p, top_k or min_new_tokens, so the weights would be "
             "wrong; use sampling.top_p=1, sampling.top_k=0, sampling.min_new_tokens=0, or importance_level=none",
         )
+    if algorithm.importance_floor > 0 and algorithm.importance_mode != "mask":
+        refuse("algorithm.importance_floor", algorithm.importance_floor, "it bounds importance_mode=mask; set that too")
+    if algorithm.importance_floor > algorithm.importance_cap:
+        refuse("algorithm.importance_floor", algorithm.importance_floor, "use at most algorithm.importance_cap")
     if sampling.min_new_tokens > sampling.max_new_tokens:
         refuse("sampling.min_new_tokens", sampling.min_new_tokens, "use at most sampling.max_new_tokens")
     if algorithm.overlong_buffer > sampling.max_new_tokens:

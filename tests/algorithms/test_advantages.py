@@ -75,6 +75,15 @@ def test_importance_weights_are_capped_per_token_or_per_sequence():
     torch.testing.assert_close(sequence, torch.tensor([18.0, 18.0, 0.5]))
 
 
+def test_importance_weights_outside_the_bounds_are_masked():
+    old, sampler = torch.log(torch.tensor([0.5, 0.9, 0.2])), torch.log(torch.tensor([0.25, 0.1, 0.4]))
+    bounds = torch.tensor([0, 2, 3])
+    token = importance_weights(old, sampler, bounds, level="token", mode="mask", floor=0.6, cap=3.0)
+    torch.testing.assert_close(token, torch.tensor([2.0, 0.0, 0.0]))
+    sequence = importance_weights(old, sampler, bounds, level="sequence", mode="mask", cap=17.0)
+    torch.testing.assert_close(sequence, torch.tensor([0.0, 0.0, 0.5]))
+
+
 @pytest.mark.parametrize(
     ("config", "shares"),
     [

@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from fastgrpo.kernels.token_terms import RECORDS
 from fastgrpo.learner.megatron.parallel import Parallel
-from fastgrpo.learner.metrics import LossSums
+from fastgrpo.learner.metrics import IMPORTANCE_SUMS, MISMATCH_SUMS, LossSums
 
-NAMES = (*RECORDS, "mismatch")
+NAMES = (*RECORDS, *MISMATCH_SUMS, *IMPORTANCE_SUMS)
 
 
 def reduce_sums(local: LossSums, parallel: Parallel, device: torch.device) -> LossSums:
