@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from fastgrpo.config import TrainConfig, UserError
+from fastgrpo.config import TrainConfig
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.megatron import convert, head, parallel, sharded_checkpoint
 from fastgrpo.learner.megatron.architecture import Architecture
@@ -186,28 +186,6 @@ class MegatronLearner:
         theirs, ours = ([p for chunk in chunks for p in chunk.parameters()] for chunks in (self.reference, self.policy))
         torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's part: every rank must keep its own."""
-        return {
-            "place": self._place,
-            "policy": dict(convert.parameters(self.policy)),
-            "reference": None if self.reference is None else dict(convert.parameters(self.reference)),
-            "optimizer": self.optimizer.state_dict(),
-            "policy_version": self.policy_version,
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on bit-identically. Raises UserError where the state was saved by another layout or rank."""
-        if state["place"] != self._place:
-            raise UserError(f"resume: the state of {state['place']} cannot be loaded into {self._place}")
-        _copy(self.policy, state["policy"])
-        if self.reference is not None:
-            _copy(self.reference, state["reference"])
-        with megatron_on_cpu():
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.policy_version = state["policy_version"]
-
     def save(self, directory: Path) -> None:
         """Write the state, all ranks together, so that every layout can load it; see sharded_checkpoint.save."""
         sharded_checkpoint.save(self, directory)
@@ -216,16 +194,6 @@ class MegatronLearner:
         """Go on from a state that any layout saved; see sharded_checkpoint.load."""
         sharded_checkpoint.load(self, directory)
 
-    @property
-    def _place(self) -> str:
-        here = self.parallel
-        return f"[{here.layout}] tp_rank={here.tp_rank} pp_rank={here.pp_rank}"
-
 
 def _data_parallel(chunk: HiddenStatesModel) -> DistributedDataParallel:
     return DistributedDataParallel(chunk.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk)
-
-
-def _copy(chunks: list[HiddenStatesModel], saved: dict[str, Tensor]) -> None:
-    for name, param in convert.parameters(chunks):
-        param.copy_(saved[name])

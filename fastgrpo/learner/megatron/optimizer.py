@@ -50,8 +50,5 @@ class Optimizer:
             clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.max_grad_norm, grad_norm)
         self.optimizer.step_with_ready_grads()
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)

@@ -56,14 +56,14 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["step_without_batches"] = vars(learner.update([], OBJECTIVE))
     result["steps"] = [vars(learner.update(mine, OBJECTIVE))]
     learner.move_reference(0.5)
-    state = learner.state_dict()
-    state = torch.load(_written(state, directory), weights_only=True)
+    saved = empty_directory(directory / f"saved-{case.name}")
+    learner.save(saved)
     result["steps"] += [vars(learner.update(mine, OBJECTIVE)) for _ in range(NUM_STEPS - 1)]
     result["weights"] = {name: tensor.clone() for name, tensor in learner.named_weights()}
     reference = [learner.logprobs(batch, temperature=1.0, reference=True) for batch in batches]
     result["reference"] = by_token(batches, reference)
     result["skipped"] = after_a_nan(learner, mine)
-    result["resume_differs"] = resumed(learner, state, mine, result["weights"])
+    result["resume_differs"] = resumed(learner, saved, mine, result["weights"])
     result["ranks_differ"] = ranks_differ(result)
     parallel.destroy()
     return result
@@ -84,9 +84,11 @@ def by_token(batches, values: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([parts[sequence] for sequence in sorted(parts)])
 
 
-def _written(state: dict[str, Any], directory: Path) -> Path:
-    path = directory / f"state-{dist.get_world_size()}-{dist.get_rank()}.pt"
-    torch.save(state, path)
+def empty_directory(path: Path) -> Path:
+    """A directory that all ranks see."""
+    if dist.get_rank() == 0:
+        path.mkdir()
+    dist.barrier()
     return path
 
 
@@ -102,9 +104,9 @@ def after_a_nan(learner: MegatronLearner, batches) -> dict[str, Any]:
     return {"skipped": step.skipped, "moved": moved, "policy_version": step.policy_version}
 
 
-def resumed(learner: MegatronLearner, state: dict[str, Any], batches, weights) -> list[str]:
+def resumed(learner: MegatronLearner, saved: Path, batches, weights) -> list[str]:
     """The weights that differ when the last steps are taken again from a saved state."""
-    learner.load_state_dict(state)
+    learner.load(saved)
     for _ in range(NUM_STEPS - 1):
         learner.update(batches, OBJECTIVE)
     return [name for name, tensor in learner.named_weights() if not torch.equal(tensor, weights[name])]
@@ -136,10 +138,7 @@ def reshard(directory: Path) -> list[dict[str, Any]]:
             for _ in range(NUM_STEPS - 1):
                 learner.update(mine, OBJECTIVE)
             learner.move_reference(0.5)
-            if dist.get_rank() == 0:
-                saved.mkdir()
-            dist.barrier()
-            learner.save(saved)
+            learner.save(empty_directory(saved))
         else:
             learner.load(saved)
         step = learner.update(mine, OBJECTIVE)
@@ -166,8 +165,7 @@ def bfloat16(directory: Path) -> dict[str, Any]:
     moved = [
         sum((a - b).abs().sum().item() for a, b in zip(*pair, strict=True)) for pair in zip(masters, start, strict=True)
     ]
-    saved = directory / "bfloat16"
-    saved.mkdir()
+    saved = empty_directory(directory / "bfloat16")
     learner.save(saved)
     twice = []
     for _ in range(2):
@@ -197,9 +195,7 @@ def odd_checkpoints(directory: Path) -> dict[str, Any]:
         return learner.policy_version
 
     with_reference, without = learner_with(True), learner_with(False)
-    saved = {name: directory / f"odd-{name}" for name in ("with", "without", "none")}
-    for path in saved.values():
-        path.mkdir()
+    saved = {name: empty_directory(directory / f"odd-{name}") for name in ("with", "without", "none")}
     with_reference.save(saved["with"])
     without.save(saved["without"])
     said = {
