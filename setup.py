@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# To setuptools each of Hydra's groups is a package.
+CONF = ["fastgrpo.conf", *sorted(f"fastgrpo.conf.{group.name}" for group in Path("conf").iterdir() if group.is_dir())]
+
 setup(
     name="fastgrpo",
     version="0.1.0",
@@ -12,8 +15,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["fastgrpo", "fastgrpo.*"]), "fastgrpo.kernels", "fastgrpo.conf"],
-    package_data={"fastgrpo.conf": ["**/*.yaml"]},
+    packages=[*find_packages(include=["fastgrpo", "fastgrpo.*"]), "fastgrpo.kernels", *CONF],
+    package_data={name: ["*.yaml"] for name in CONF},
     include_package_data=True,
     install_requires=[
         "torch>=2.11",

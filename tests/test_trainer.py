@@ -303,6 +303,12 @@ def test_importance_weights_of_the_own_sampler_are_one(level, workplace, tiny_qw
         torch.testing.assert_close(batch.importance_weights, torch.ones_like(batch.targets, dtype=torch.float32))
 
 
+def test_renormalised_probabilities_are_not_compared(workplace, tiny_qwen2):
+    row = rows_of(*small_run(tiny_qwen2, "sampling.top_p=0.9", "train.num_steps=1", "eval.every=0"))[-1]
+    assert "kl" in row
+    assert not any(name.startswith("sampler_mismatch/") for name in row)
+
+
 def test_temperature_divides_the_learners_logits_too(workplace, tiny_qwen2):
     row = rows_of(*small_run(tiny_qwen2, "sampling.temperature=0.5", "train.num_steps=1", "eval.every=0"))[-1]
     assert row["sampler_mismatch/max_abs"] < 1e-4
