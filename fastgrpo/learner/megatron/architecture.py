@@ -68,6 +68,16 @@ class Architecture:
             rope_scale=rope_scale,
         )
 
+    @property
+    def query_size(self) -> int:
+        """Rows of the query projection."""
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.num_kv_heads * self.head_size
+
     def padded_vocab_size(self, tp: int) -> int:
         """The vocabulary with rows added until every rank's shard is equally large."""
         multiple = VOCAB_MULTIPLE if VOCAB_MULTIPLE % tp == 0 else VOCAB_MULTIPLE * tp

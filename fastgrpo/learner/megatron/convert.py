@@ -1,134 +1,59 @@
 """Hugging Face's tensors to this rank's Megatron parameters and back, one at a time, bit for bit.
 
-Both directions stream: never more than one parameter's worth of full tensors exists beside the model. A parameter's
-`fused` form is the whole of it, over all tensor-parallel ranks, in Megatron's order; a rank's shard is an equal slice
-of that along one axis.
-
-Letters: H hidden, F feed-forward size, A query heads, C key/value heads, D head size, V vocabulary.
+Both directions follow weight_map.py and stream: never more than one parameter's worth of full tensors exists beside
+the model.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.model import HiddenStatesModel
 from fastgrpo.learner.megatron.parallel import Parallel
+from fastgrpo.learner.megatron.weight_map import HEAD, LAYER, Box, boxes_of, is_replicated
+from fastgrpo.types import WeightSlice
 
 Read = Callable[[str], Tensor]
 """A Hugging Face name to its full tensor."""
-
-_EMBEDDING, _HEAD, _NORM = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_WHOLE = {  # in a layer: Megatron's name -> (Hugging Face's name, the axis that tensor parallelism cuts)
-    "input_layernorm.weight": ("input_layernorm.weight", None),
-    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight", None),
-    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight", None),
-    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight", 1),
-    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight", None),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight", 1),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """How one Megatron parameter is made of Hugging Face's tensors.
-
-    Example: the query, key and value matrices of a layer fuse into one (C * (A/C + 2) * D, H), cut along axis 0.
-    """
-
-    hf_names: tuple[str, ...]
-    axis: int | None
-    """Of the fused form; None where every rank holds the whole."""
-    fuse: Callable[[list[Tensor]], Tensor] = lambda tensors: tensors[0]
-    unfuse: Callable[[Tensor], Iterable[Tensor]] = lambda fused: (fused,)
-    fold: int = 1
-    """A shard's axis 0 unfolds into (fold, ...): a rank holds a slice of the gate, then one of the up projection."""
-
-
-def rule_for(name: str, architecture: Architecture, tp: int) -> Rule:
-    """The rule of a parameter, by its Megatron name with the layer's number counted over the whole model."""
-    if name == _NORM:
-        return Rule(hf_names=("model.norm.weight",), axis=None)
-    if name in (_EMBEDDING, _HEAD):
-        hf_name = "model.embed_tokens.weight" if name == _EMBEDDING or architecture.tied else "lm_head.weight"
-        return _vocabulary(hf_name, architecture, tp)
-    match = _LAYER.fullmatch(name)
-    assert match is not None, name
-    prefix, part = f"model.layers.{match[1]}.", match[2]
-    if part in _WHOLE:
-        hf_name, axis = _WHOLE[part]
-        return Rule(hf_names=(prefix + hf_name,), axis=axis)
-    if part == "mlp.linear_fc1.weight":
-        names = (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
-        return Rule(hf_names=names, axis=1, fuse=torch.stack, unfuse=torch.unbind, fold=2)  # (2, F, H)
-    assert part in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"), name
-    return _qkv(prefix, part.rsplit(".", 1)[1], architecture)
-
-
-def _qkv(prefix: str, kind: str, architecture: Architecture) -> Rule:
-    """Rows ordered by key/value head: its A/C query heads, its key, its value."""
-    kv_heads, size = architecture.num_kv_heads, architecture.head_size
-    rows = [architecture.num_heads // kv_heads * size, size, size]
-
-    def fuse(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([tensor.unflatten(0, (kv_heads, -1)) for tensor in tensors], dim=1).flatten(0, 1)
-
-    def unfuse(fused: Tensor) -> Iterator[Tensor]:
-        for part in fused.unflatten(0, (kv_heads, -1)).split(rows, dim=1):
-            yield part.flatten(0, 1)
-
-    names = tuple(f"{prefix}self_attn.{letter}_proj.{kind}" for letter in "qkv")
-    return Rule(hf_names=names, axis=0, fuse=fuse, unfuse=unfuse)
-
-
-def _vocabulary(hf_name: str, architecture: Architecture, tp: int) -> Rule:
-    """(V, H) with zero rows behind it, which no token looks up and the loss head masks."""
-    missing = architecture.padded_vocab_size(tp) - architecture.vocab_size
-
-    def fuse(tensors: list[Tensor]) -> Tensor:
-        return nn.functional.pad(tensors[0], (0, 0, 0, missing))
-
-    return Rule(
-        hf_names=(hf_name,), axis=0, fuse=fuse, unfuse=lambda fused: (fused[: architecture.vocab_size].contiguous(),)
-    )
 
 
 def parameters(chunks: Iterable[HiddenStatesModel]) -> Iterator[tuple[str, nn.Parameter]]:
     """This rank's parameters, their layers numbered over the whole model."""
     for chunk in chunks:
         for name, param in chunk.named_parameters():
-            match = _LAYER.fullmatch(name)
+            match = LAYER.fullmatch(name)
             if match is not None:
                 layer = chunk.decoder.layers[int(match[1])]
                 name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
             yield name, param
 
 
-def to_megatron(
-    chunks: Iterable[HiddenStatesModel], read: Read, parallel: Parallel
-) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each of this rank's parameters with its shard, in the source's dtype; only tensors held here are read."""
-    tp = parallel.layout.tp
-    for chunk in chunks:
-        for name, param in parameters([chunk]):
-            rule = rule_for(name, chunk.architecture, tp)
-            fused = rule.fuse([read(hf_name) for hf_name in rule.hf_names])
-            shard = fused if rule.axis is None else fused.chunk(tp, rule.axis)[parallel.tp_rank]
-            yield param, shard.reshape(param.shape)
-
-
 @torch.no_grad()
-def load(chunks: Iterable[HiddenStatesModel], read: Read, parallel: Parallel) -> None:
-    """Fill every parameter of this rank."""
-    for param, shard in to_megatron(chunks, read, parallel):
-        param.copy_(shard)
+def load(chunks: list[HiddenStatesModel], read: Read, parallel: Parallel) -> None:
+    """Fill every parameter of this rank; only tensors held here are read."""
+    for name, param in parameters(chunks):
+        for box in boxes_of(name, chunks[0].architecture, parallel.layout.tp, parallel.tp_rank):
+            box.within(param).copy_(box.of(read(box.name)))
+            box.padding(param).zero_()
+
+
+def slices(chunks: list[HiddenStatesModel], parallel: Parallel) -> list[WeightSlice]:
+    """What this rank holds, as views of its live parameters. A tied head is its embedding, on the first stage alone."""
+    return [
+        WeightSlice(
+            name=box.name,
+            full_shape=box.full_shape,
+            start=box.start,
+            tensor=box.within(param.detach()),
+            num_padding_rows=box.num_padding_rows,
+        )
+        for name, param in _once(chunks, parallel)
+        for box in boxes_of(name, chunks[0].architecture, parallel.layout.tp, parallel.tp_rank)
+    ]
 
 
 @torch.no_grad()
@@ -141,10 +66,8 @@ def to_hf(
     The tensors may be views of the parameters: copy what must outlive the next update.
     All ranks of a model must go through the iterator together, to its end: each step is collective.
     """
-    held = {name: (param if value is None else value(param)).detach() for name, param in parameters(chunks)}
-    architecture = chunks[0].architecture
-    if architecture.tied and parallel.layout.pp > 1:
-        held.pop(_HEAD, None)  # the last stage's copy of the embedding
+    held = {name: (param if value is None else value(param)).detach() for name, param in _once(chunks, parallel)}
+    architecture, tp = chunks[0].architecture, parallel.layout.tp
     for name, owner, shape, dtype in _owners(held, parallel):
         shard = held.get(name)
         if shard is None:
@@ -152,8 +75,15 @@ def to_hf(
         if parallel.layout.pp > 1:
             shard = shard.contiguous()
             dist.broadcast(shard, src=owner, group=parallel.pp_group)
-        rule = rule_for(name, architecture, parallel.layout.tp)
-        yield from zip(rule.hf_names, rule.unfuse(_unshard(shard, rule, parallel)), strict=True)
+        shards = [shard] if is_replicated(name, architecture, tp) else _gather(shard, parallel)
+        yield from _assemble(shards, [boxes_of(name, architecture, tp, rank) for rank in range(len(shards))])
+
+
+def _once(chunks: list[HiddenStatesModel], parallel: Parallel) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters, without the last stage's copy of a tied embedding."""
+    for name, param in parameters(chunks):
+        if not (name == HEAD and chunks[0].architecture.tied and parallel.layout.pp > 1):
+            yield name, param
 
 
 def _owners(held: dict[str, Tensor], parallel: Parallel) -> list[tuple[str, int, torch.Size, torch.dtype]]:
@@ -166,13 +96,22 @@ def _owners(held: dict[str, Tensor], parallel: Parallel) -> list[tuple[str, int,
     return [entry for stage in gathered for entry in stage]
 
 
-def _unshard(shard: Tensor, rule: Rule, parallel: Parallel) -> Tensor:
-    """A rank's shard to the fused form, gathered over tensor parallelism."""
-    if rule.axis is None:
-        return shard
-    shards = [shard]
-    if parallel.layout.tp > 1:
-        shards = [torch.empty_like(shard) for _ in range(parallel.layout.tp)]
-        dist.all_gather(shards, shard.contiguous(), group=parallel.tp_group)
-    folded = [s.unflatten(0, (rule.fold, -1)) if rule.fold > 1 else s for s in shards]
-    return folded[0] if len(folded) == 1 else torch.cat(folded, dim=rule.axis)
+def _gather(shard: Tensor, parallel: Parallel) -> list[Tensor]:
+    """The shards of all tensor-parallel ranks."""
+    shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(parallel.layout.tp)]
+    dist.all_gather(shards, shard.contiguous(), group=parallel.tp_group)
+    return shards
+
+
+def _assemble(shards: list[Tensor], boxes: list[list[Box]]) -> Iterator[tuple[str, Tensor]]:
+    """The full tensors of a parameter from its ranks' shards and what each holds."""
+    full: dict[str, Tensor] = {}
+    for shard, held in zip(shards, boxes, strict=True):
+        for box in held:
+            if box.is_whole:
+                full[box.name] = box.within(shard)
+                continue
+            if box.name not in full:
+                full[box.name] = shard.new_empty(box.full_shape)
+            box.of(full[box.name]).copy_(box.within(shard))
+    yield from full.items()

@@ -32,7 +32,7 @@ from fastgrpo.learner.megatron.optimizer import Optimizer
 from fastgrpo.learner.megatron.sums import reduce_sums
 from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.optimizer import learning_rate
-from fastgrpo.types import PackedBatch, StepResult
+from fastgrpo.types import PackedBatch, StepResult, WeightSlice
 
 LossFunction = Callable[..., Any]
 
@@ -177,6 +177,11 @@ class MegatronLearner:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Learner.named_weights. Full tensors on every rank; all ranks of a model must go through it together."""
         yield from convert.to_hf(self.policy, self.parallel)
+
+    def weight_slices(self) -> list[WeightSlice]:
+        """What this rank holds of the policy, in a Hugging Face checkpoint's terms, each once (a tied head is its
+        embedding). Views of the live parameters, whose addresses never change: an update shows in them at once."""
+        return convert.slices(self.policy, self.parallel)
 
     @torch.no_grad()
     def move_reference(self, share: float) -> None:

@@ -71,6 +71,25 @@ class SegmentAttention(nn.Module):
         return out.flatten(1)[:, None]
 
 
+class FusedSelfAttention(SelfAttention):
+    """SelfAttention whose projection is stored as a rank's [Q; K; V], as vLLM stores it; Megatron interleaves the
+    three by key/value head. With more ranks than key/value heads it is Megatron's own (weight_map.qkv_rows)."""
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        """(T, 1, H) -> queries (T, 1, A, D), keys and values (T, 1, C, D), the norms of queries and keys applied."""
+        if self.config.num_query_groups < self.world_size:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        fused, _ = self.linear_qkv(hidden_states)
+        heads = (self.num_attention_heads_per_partition, *[self.num_query_groups_per_partition] * 2)
+        sizes = [count * self.hidden_size_per_attention_head for count in heads]
+        query, key, value = (
+            part.unflatten(-1, (count, -1)) for part, count in zip(fused.split(sizes, dim=-1), heads, strict=True)
+        )
+        query = query if self.q_layernorm is None else self.q_layernorm(query)
+        key = key if self.k_layernorm is None else self.k_layernorm(key)
+        return query, key, value
+
+
 class HiddenStatesModel(GPTModel):
     """GPTModel whose last stage returns the normalised hidden states: logits exist only inside the loss head."""
 
@@ -197,7 +216,7 @@ def _block_spec(
     layer = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(
-            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            module=FusedSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,

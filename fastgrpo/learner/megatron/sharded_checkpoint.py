@@ -16,10 +16,16 @@ from typing import TYPE_CHECKING, Any
 import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401  (before megatron_on_cpu opens)
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch import Tensor, nn
 
 from fastgrpo.config import UserError
+from fastgrpo.learner.megatron import convert
 from fastgrpo.learner.megatron.cpu import megatron_on_cpu
 from fastgrpo.learner.megatron.model import HiddenStatesModel
+from fastgrpo.learner.megatron.parallel import Parallel
+from fastgrpo.learner.megatron.weight_map import HEAD, Box, boxes_of, is_replicated
 
 if TYPE_CHECKING:
     from fastgrpo.learner.megatron.learner import MegatronLearner
@@ -47,9 +53,9 @@ def load(learner: MegatronLearner, directory: Path) -> None:
         if learner.reference is not None and not any(name.startswith("reference.") for name in saved_names):
             raise UserError(f"resume={directory}: saved without a reference model; resume with algorithm.kl_coef=0")
         loaded = dist_checkpointing.load(state, str(directory))
-        _fill(learner.policy, loaded, "policy")
+        _fill(learner.policy, loaded["policy"])
         if learner.reference is not None:
-            _fill(learner.reference, loaded, "reference")
+            _fill(learner.reference, loaded["reference"])
         if policy_version > 0:
             learner.optimizer.load_state_dict(loaded["optimizer"])
     learner.policy_version = policy_version
@@ -60,22 +66,65 @@ def _sharded(learner: MegatronLearner, *, with_optimizer: bool, loading: bool) -
 
     An optimizer that has not stepped holds nothing yet.
     """
-    policy = {f"policy{i}": _of_chunk(chunk, "policy.") for i, chunk in enumerate(learner.policy)}
-    state: dict[str, Any] = dict(policy)
-    for i, chunk in enumerate(learner.reference or []):
-        state[f"reference{i}"] = _of_chunk(chunk, "reference.")
+    policy = _parameters(learner.policy, learner.parallel, "policy.")
+    state: dict[str, Any] = {"policy": policy}
+    if learner.reference is not None:
+        state["reference"] = _parameters(learner.reference, learner.parallel, "reference.")
     if with_optimizer:
-        every_tensor = {f"{part}.{name}": tensor for part, held in policy.items() for name, tensor in held.items()}
-        state["optimizer"] = learner.optimizer.optimizer.sharded_state_dict(every_tensor, is_loading=loading)
+        state["optimizer"] = learner.optimizer.optimizer.sharded_state_dict(policy, is_loading=loading)
     return state
 
 
-def _of_chunk(chunk: HiddenStatesModel, prefix: str) -> dict[str, Any]:
-    return chunk.sharded_state_dict(prefix=prefix)
+def _parameters(chunks: list[HiddenStatesModel], parallel: Parallel, prefix: str) -> dict[str, ShardedTensorFactory]:
+    """Every parameter of this rank, stored as boxes of the Hugging Face tensors it holds, which no layout changes."""
+    architecture, tp = chunks[0].architecture, parallel.layout.tp
+    return {
+        name: _factory(
+            prefix,
+            param,
+            boxes_of(name, architecture, tp, parallel.tp_rank),
+            # (pipeline, tensor parallel, data parallel): whoever is 0 in all three writes.
+            replica_id=(
+                int(name == HEAD and architecture.tied),
+                parallel.tp_rank if is_replicated(name, architecture, tp) else 0,
+                parallel.dp_rank,
+            ),
+        )
+        for name, param in convert.parameters(chunks)
+    }
+
+
+def _factory(
+    prefix: str, param: nn.Parameter, boxes: list[Box], *, replica_id: tuple[int, int, int]
+) -> ShardedTensorFactory:
+    """How Megatron takes a parameter, or an optimizer's state of its shape, apart into boxes and together again."""
+
+    def split(key: str, tensor: Tensor, replica_id: tuple, _: slice | None) -> list[ShardedTensor]:
+        return [
+            ShardedTensor(
+                key=key + box.name,
+                data=box.within(tensor),
+                dtype=tensor.dtype,
+                local_shape=box.shape,
+                global_shape=box.full_shape,
+                global_offset=box.start,
+                axis_fragmentations=None,  # ranks need not hold equally much of a vocabulary
+                replica_id=replica_id,
+            )
+            for box in boxes
+            if 0 not in box.shape
+        ]
+
+    def merge(loaded: list[Tensor]) -> Tensor:
+        merged = torch.zeros_like(param, dtype=loaded[0].dtype) if loaded else torch.zeros_like(param)
+        for box, tensor in zip((box for box in boxes if 0 not in box.shape), loaded, strict=True):
+            box.within(merged).copy_(tensor)
+        return merged
+
+    return ShardedTensorFactory(prefix, param, split, merge, replica_id)
 
 
 @torch.no_grad()
-def _fill(chunks: list[HiddenStatesModel], loaded: dict[str, Any], part: str) -> None:
-    for i, chunk in enumerate(chunks):
-        held = {name.removeprefix(f"{part}."): tensor for name, tensor in loaded[f"{part}{i}"].items()}
-        chunk.load_state_dict(held)
+def _fill(chunks: list[HiddenStatesModel], loaded: dict[str, Tensor]) -> None:
+    for name, param in convert.parameters(chunks):
+        param.copy_(loaded[name])

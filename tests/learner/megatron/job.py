@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +36,7 @@ from fastgrpo.learner.megatron.hf_weights import from_directory
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.learner import MegatronLearner
 from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.types import WeightSlice
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
@@ -47,6 +50,8 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         "not_exact": [name for name, tensor in learner.named_weights() if not torch.equal(tensor, source(name))],
         "names": [name for name, _ in learner.named_weights()],
     }
+    held = learner.weight_slices()
+    result["slices"] = slices_cover_once(learner, held) + slices_differ(held, source)
     batches = with_logprobs(batches_of(case.share_prompts), learner)
     result["logprobs"] = by_token(batches, [learner.logprobs(batch, temperature=0.7) for batch in batches])
     mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
@@ -60,6 +65,8 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     learner.save(saved)
     result["steps"] += [vars(learner.update(mine, OBJECTIVE)) for _ in range(NUM_STEPS - 1)]
     result["weights"] = {name: tensor.clone() for name, tensor in learner.named_weights()}
+    result["slices"] += slices_differ(held, result["weights"].__getitem__)
+    result["slices_moved"] = addresses(held) != addresses(learner.weight_slices())
     reference = [learner.logprobs(batch, temperature=1.0, reference=True) for batch in batches]
     result["reference"] = by_token(batches, reference)
     result["skipped"] = after_a_nan(learner, mine)
@@ -67,6 +74,42 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["ranks_differ"] = ranks_differ(result)
     parallel.destroy()
     return result
+
+
+def slices_cover_once(learner: MegatronLearner, held: list[WeightSlice]) -> list[str]:
+    """Tensors whose entries a copy of the model does not hold exactly once (once a rank where tp ranks replicate)."""
+    mine = [(s.name, s.full_shape, s.start, tuple(s.tensor.shape)) for s in held]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (learner.parallel.dp_rank, mine))
+    holders = Counter(box for dp_rank, boxes in everyone if dp_rank == learner.parallel.dp_rank for box in boxes)
+    counts: dict[str, torch.Tensor] = {}
+    for name, full_shape, start, shape in holders:
+        box = tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))
+        counts.setdefault(name, torch.zeros(full_shape, dtype=torch.int))[box] += 1
+    wrong = [f"{name} is not covered exactly once" for name, count in counts.items() if not (count == 1).all()]
+    wrong += [
+        f"{box} is held by {times} ranks"
+        for box, times in holders.items()
+        if times != (learner.parallel.layout.tp if box[3] == box[1] else 1)
+    ]
+    missing = {name for name, _ in learner.named_weights()} ^ counts.keys()
+    return wrong + [f"{name} is named by one side only" for name in sorted(missing)]
+
+
+def slices_differ(held: list[WeightSlice], full: Callable[[str], torch.Tensor]) -> list[str]:
+    """What of the slices is not, bit for bit, what the full tensors hold; padding is zeros."""
+    wrong = []
+    for s in held:
+        box = tuple(slice(begin, begin + size) for begin, size in zip(s.start, s.tensor.shape, strict=True))
+        after = (s.num_padding_rows, *s.tensor.shape[1:])
+        padding = s.tensor.as_strided(after, s.tensor.stride(), s.tensor.storage_offset() + s.tensor.numel())
+        if not torch.equal(s.tensor, full(s.name)[box]) or padding.any():
+            wrong.append(f"{s.name} from {s.start} on differs")
+    return wrong
+
+
+def addresses(held: list[WeightSlice]) -> list[int]:
+    return [s.tensor.data_ptr() for s in held]
 
 
 def gradients(learner: MegatronLearner, batches) -> dict[str, torch.Tensor]:
@@ -119,6 +162,8 @@ def ranks_differ(result: dict[str, Any]) -> list[str]:
         "logprobs": result["logprobs"].double().sum().item(),
         "weights": {name: tensor.double().sum().item() for name, tensor in result["weights"].items()},
         "not_exact": result["not_exact"],
+        "slices": result["slices"],
+        "slices_moved": result["slices_moved"],
     }
     everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)

@@ -24,6 +24,12 @@ def test_weights_come_back_bit_for_bit(case, jobs, oracle):
 
 
 @each_case
+def test_weight_slices_are_views_that_cover_every_tensor_once(case, jobs):
+    assert jobs(case)["slices"] == []
+    assert not jobs(case)["slices_moved"]
+
+
+@each_case
 def test_logprobs(case, jobs, oracle):
     assert error(jobs(case)["logprobs"], oracle(case.model)["logprobs"]) <= TOLERANCE
 

@@ -1,0 +1,154 @@
+"""Where every box of a Hugging Face checkpoint lies in a rank's Megatron parameters: arithmetic, no tensor is touched.
+
+A parameter is a column of boxes, one below the other, each whole rows of it. Loading, gathering, checkpoints and
+`MegatronLearner.weight_slices` all follow this one map, and a rank's fused parameters are in memory what vLLM's are:
+[Q; K; V] of the rank's own heads (qkv_proj) and [gate; up] of its own features (gate_up_proj).
+
+Letters: H hidden, F feed-forward size, A query heads, C key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastgrpo.learner.megatron.architecture import Architecture
+
+EMBEDDING, HEAD, FINAL_NORM = (
+    "embedding.word_embeddings.weight",
+    "output_layer.weight",
+    "decoder.final_layernorm.weight",
+)
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_WHOLE = {  # in a layer: what every tensor-parallel rank holds the whole of
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A box of a Hugging Face tensor and the rows of a rank's parameter that hold it.
+
+    Example, the keys of rank 1 of tp=2 with A=4, C=2, D=8 and H=32, in its (32, 32) query/key/value parameter:
+        Box(name="model.layers.0.self_attn.k_proj.weight", full_shape=(16, 32), start=(8, 0), shape=(8, 32), row=16)
+    """
+
+    name: str
+    full_shape: tuple[int, ...]
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    row: int = 0
+    """The parameter's first row that belongs to the box."""
+    num_padding_rows: int = 0
+    """Rows of zeros that follow it in the parameter: entries of no vocabulary."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.full_shape
+
+    def of(self, full: Tensor) -> Tensor:
+        """The box as a view of the Hugging Face tensor."""
+        return full[tuple(slice(start, start + size) for start, size in zip(self.start, self.shape, strict=True))]
+
+    def within(self, param: Tensor) -> Tensor:
+        """The box as a view of the rank's parameter."""
+        return param[self.row : self.row + self.shape[0]]
+
+    def padding(self, param: Tensor) -> Tensor:
+        """The rows of padding behind it, as a view of the rank's parameter."""
+        end = self.row + self.shape[0]
+        return param[end : end + self.num_padding_rows]
+
+
+def boxes_of(name: str, architecture: Architecture, tp: int, tp_rank: int) -> list[Box]:
+    """What a parameter holds on one tensor-parallel rank, by its Megatron name with layers numbered over the model."""
+    hidden, ffn = architecture.hidden_size, architecture.ffn_size
+    if name == FINAL_NORM:
+        return [_whole("model.norm.weight", hidden)]
+    if name in (EMBEDDING, HEAD):
+        return [_vocabulary(name, architecture, tp, tp_rank)]
+    match = LAYER.fullmatch(name)
+    assert match is not None, name
+    prefix, part = f"model.layers.{match[1]}.", match[2]
+    if part in _WHOLE:
+        return [_whole(prefix + _WHOLE[part], architecture.head_size if "self_attention" in part else hidden)]
+    if part == "self_attention.linear_proj.weight":
+        return [_columns(f"{prefix}self_attn.o_proj.weight", hidden, architecture.query_size, tp, tp_rank)]
+    if part == "mlp.linear_fc1.weight":
+        names = (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
+        return [_rows(name, ffn, hidden, tp, tp_rank, row=i * ffn // tp) for i, name in enumerate(names)]
+    if part == "mlp.linear_fc2.weight":
+        return [_columns(f"{prefix}mlp.down_proj.weight", hidden, ffn, tp, tp_rank)]
+    assert part in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"), name
+    kind = part.rsplit(".", 1)[1]
+    return [
+        Box(
+            name=f"{prefix}self_attn.{'qkv'[which]}_proj.{kind}",
+            full_shape=(total, hidden) if kind == "weight" else (total,),
+            start=(start, 0) if kind == "weight" else (start,),
+            shape=(size, hidden) if kind == "weight" else (size,),
+            row=row,
+        )
+        for which, total, start, size, row in qkv_rows(architecture, tp, tp_rank)
+    ]
+
+
+def is_replicated(name: str, architecture: Architecture, tp: int) -> bool:
+    """Whether every tensor-parallel rank holds the whole parameter."""
+    return boxes_of(name, architecture, tp, 0) == boxes_of(name, architecture, tp, tp - 1)
+
+
+def qkv_rows(architecture: Architecture, tp: int, tp_rank: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """(0 for queries, 1 for keys, 2 for values; rows of that tensor; first of them here; how many; row here).
+
+    A rank holds [Q; K; V] of its own heads. Where there are more ranks than key/value heads, Megatron gathers the
+    projections of a key/value head's ranks in every forward pass, so those hold equal cuts of the head's [Q; K; V].
+    """
+    totals = (architecture.query_size, architecture.kv_size, architecture.kv_size)
+    num_groups = min(tp, architecture.num_kv_heads)
+    ranks_a_group = tp // num_groups
+    group, cut = divmod(tp_rank, ranks_a_group)
+    first = cut * sum(totals) // tp  # of this rank's rows, counted from its group's first
+    last = first + sum(totals) // tp
+    begin = 0
+    for which, total in enumerate(totals):
+        rows = total // num_groups
+        start, end = max(begin, first), min(begin + rows, last)
+        if start < end:
+            yield which, total, group * rows + start - begin, end - start, start - first
+        begin += rows
+
+
+def _whole(name: str, size: int) -> Box:
+    return Box(name=name, full_shape=(size,), start=(0,), shape=(size,))
+
+
+def _rows(name: str, rows: int, columns: int, tp: int, tp_rank: int, *, row: int = 0) -> Box:
+    """A matrix that tensor parallelism cuts along its rows."""
+    size = rows // tp
+    return Box(name=name, full_shape=(rows, columns), start=(tp_rank * size, 0), shape=(size, columns), row=row)
+
+
+def _columns(name: str, rows: int, columns: int, tp: int, tp_rank: int) -> Box:
+    size = columns // tp
+    return Box(name=name, full_shape=(rows, columns), start=(0, tp_rank * size), shape=(rows, size))
+
+
+def _vocabulary(name: str, architecture: Architecture, tp: int, tp_rank: int) -> Box:
+    """(V, H) with zero rows behind it, which no token looks up and the loss head masks."""
+    vocab, size = architecture.vocab_size, architecture.padded_vocab_size(tp) // tp
+    start = min(tp_rank * size, vocab)
+    rows = min(size, vocab - start)
+    return Box(
+        name="model.embed_tokens.weight" if name == EMBEDDING or architecture.tied else "lm_head.weight",
+        full_shape=(vocab, architecture.hidden_size),
+        start=(start, 0),
+        shape=(rows, architecture.hidden_size),
+        num_padding_rows=size - rows,
+    )
