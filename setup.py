@@ -37,8 +37,10 @@ setup(
         "test": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "triton==3.6.0", "numpy<2.4"),
             *("trl==1.16.0", "liger-kernel==0.8.5", "megatron-core>=0.16.1,<0.18", "math-verify", "matplotlib"),
+            "peft>=0.18",
         ],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib"],
+        "lora": ["peft>=0.18"],
         "megatron": ["megatron-core>=0.16.1,<0.18"],
         "hub": ["datasets"],
         "math": ["math-verify"],

@@ -20,8 +20,9 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.metrics import Ledger, MetricsLog
-from fastgrpo.models import hf, tiny
+from fastgrpo.models import hf, lora, tiny
 from fastgrpo.models.hf import CausalLM
+from fastgrpo.models.lora import Adapters
 from fastgrpo.ranks import Ranks, started_by_torchrun
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.torch_sampler import TorchSampler
@@ -118,6 +119,15 @@ def load_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Call
     return hf.load_model(config.model.path, device=device, dtype=dtype)
 
 
+def load_policy(
+    config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]
+) -> tuple[CausalLM, Adapters | None]:
+    """load_model's, with the adapters that model.lora asks for."""
+    model = load_model(config, tokenizer, prompts, notify)
+    adapters = lora.add_adapters(model, config.model.lora, seed=config.seed) if config.model.lora.enabled else None
+    return model, adapters
+
+
 def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> CausalLM:
     path = cached_path(config, ALPHABET)
     if not path.is_dir():
@@ -135,8 +145,8 @@ def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notif
 
 def make_learner(
     config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, notify: Callable[[str], None]
-) -> tuple[Learner, CausalLM]:
-    """The learner, and the Hugging Face model to sample from: the learner's own, or a copy of it.
+) -> tuple[Learner, CausalLM, Adapters | None]:
+    """The learner, the Hugging Face model to sample from (the learner's own, or a copy of it), and its adapters.
 
     Raises UserError for what is wrong with the model or the layout.
     """
@@ -144,11 +154,12 @@ def make_learner(
     num_updates = train.num_steps * train.updates_per_rollout * train.num_minibatches
     needs_reference = config.algorithm.kl_coef > 0
     if learner.kind == "torch":
-        model = load_model(config, tokenizer, prompts, notify)
-        reference = hf.prepare(copy.deepcopy(model)) if needs_reference else None
+        model, adapters = load_policy(config, tokenizer, prompts, notify)
+        reference = hf.prepare(copy.deepcopy(model)) if needs_reference and adapters is None else None
         if learner.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        return TorchLearner(model, train, num_updates=num_updates, reference=reference), model
+        torch_learner = TorchLearner(model, train, num_updates=num_updates, reference=reference, adapters=adapters)
+        return torch_learner, model, adapters
     if not started_by_torchrun():
         raise UserError("learner=megatron: start it with torchrun --nproc-per-node N -m fastgrpo train ...")
     try:
@@ -170,7 +181,7 @@ def make_learner(
         dtype=dtype,
         recompute=learner.gradient_checkpointing,
     )
-    return megatron, hf.load_model(path, device=device, dtype=dtype)
+    return megatron, hf.load_model(path, device=device, dtype=dtype), None
 
 
 @contextmanager
@@ -193,7 +204,7 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
         rewards = stack.enter_context(Rewards(config.reward, reward))
         tokenizer, prompts = load_data(config)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
-        learner, model = make_learner(config, tokenizer, prompts, ranks, console.message)
+        learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
         state: dict[str, Any] = {"step": 0, "num_nonfinite": 0}
         if checkpoint is not None:
@@ -239,7 +250,7 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
             checkpoints=checkpoints,
             step=state["step"],
             num_nonfinite=state["num_nonfinite"],
-            export=lambda path: hf.save_pretrained(model, tokenizer, path),
+            export=lambda path: hf.save_pretrained(adapters or model, tokenizer, path),
         )
 
 

@@ -41,6 +41,28 @@ class WarmStartConfig:
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Train low-rank adapters beside a frozen model (learner=torch, needs `pip install fastgrpo[lora]`)."""
+
+    rank: int = 0
+    """0 trains every weight. The frozen model is the KL term's reference, at no memory."""
+    alpha: int = 32
+    """The adapters' product is scaled by alpha / rank."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    path: str | None = None
+    """Begin with the adapters of a PEFT directory, such as an earlier run's hf/, in place of fresh ones."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether adapters are trained, and not every weight."""
+        return self.rank > 0 or self.path is not None
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The policy."""
 
@@ -54,6 +76,7 @@ class ModelConfig:
     num_heads: int = 4
     num_kv_heads: int = 2
     intermediate_size: int = 256
+    lora: LoraConfig = field(default_factory=LoraConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     cache_dir: str = "${oc.env:XDG_CACHE_HOME,${oc.env:HOME,.}/.cache}/fastgrpo"
     """Where warm-started models are kept, by a hash of everything that made them."""

@@ -63,7 +63,7 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
 def evaluate_only(config: Config) -> dict[str, float]:
     """Held-out metrics of model.path. Raises UserError for what the user can mend."""
     validate(config)
-    from fastgrpo.assemble import load_data, load_model, sampling_params
+    from fastgrpo.assemble import load_data, load_policy, sampling_params
     from fastgrpo.evaluate import summarize
     from fastgrpo.models import hf
     from fastgrpo.rewards.scoring import Rewards
@@ -76,7 +76,7 @@ def evaluate_only(config: Config) -> dict[str, float]:
             f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
             "data.eval_path"
         )
-    model = load_model(config, tokenizer, prompts, print)
+    model, _ = load_policy(config, tokenizer, prompts, print)
     params = sampling_params(config, hf.stop_token_ids(model, tokenizer))
     limit = config.eval.max_new_tokens or params.max_new_tokens
     params = replace(params, temperature=config.eval.temperature, max_new_tokens=limit)

@@ -77,6 +77,7 @@ _AT_LEAST: dict[str, float] = {
     "eval.temperature": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "model.lora.rank": 0,
     "model.warm_start.batch_size": 1,
 }
 _ABOVE_ZERO = (
@@ -84,6 +85,7 @@ _ABOVE_ZERO = (
     "train.max_grad_norm",
     "train.adam_eps",
     "algorithm.importance_cap",
+    "model.lora.alpha",
     "reward.timeout_s",
 )
 _SHARES = (
@@ -164,6 +166,7 @@ def _combinations(config: Config) -> None:
             "eval.num_samples", config.eval.num_samples, "greedy samples are all equal; set eval.temperature above 0"
         )
     _layout(config)
+    _lora(config)
     if config.model.path == "":
         refuse("model.path", '""', "model=hf needs a Hugging Face directory or hub name; add model.path=...")
     if config.model.path is None and config.data.source != "arithmetic":
@@ -182,6 +185,24 @@ def _layout(config: Config) -> None:
             refuse(f"learner.{key}", getattr(learner, key), "learner=torch is one process; use learner=megatron")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         refuse("learner", "torch", "it is one process and torchrun started several; use learner=megatron")
+
+
+def _lora(config: Config) -> None:
+    lora, reference = config.model.lora, config.algorithm.reference
+    if not lora.enabled:
+        return
+    if lora.path is not None and lora.rank:
+        refuse("model.lora.rank", lora.rank, "the adapters of model.lora.path have their own; leave one of the two out")
+    if lora.path is None and not lora.target_modules:
+        refuse("model.lora.target_modules", "[]", "name at least one matrix, such as q_proj")
+    if config.learner.kind != "torch":
+        refuse("learner", config.learner.kind, "it trains every weight; with model.lora use learner=torch")
+    if reference.schedule != "fixed":
+        refuse(
+            "algorithm.reference.schedule",
+            reference.schedule,
+            "with model.lora the frozen model is the reference and cannot move; use fixed",
+        )
 
 
 def _places(config: Config) -> None:

@@ -19,20 +19,7 @@ def make_model(kind: str = "qwen2", *, seed: int = 0, dtype=torch.float32, atten
     """A two-layer model with random weights, grouped-query attention, and biases that are not zero."""
     from transformers import AutoModelForCausalLM
 
-    shape = CONFIGS[kind](
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
+    shape = small_shape(kind, vocab_size=VOCABULARY, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
@@ -44,6 +31,21 @@ def make_model(kind: str = "qwen2", *, seed: int = 0, dtype=torch.float32, atten
     if dtype is torch.float64:
         _widen_norms(model)
     return model.to(dtype)
+
+
+def small_shape(kind: str, **more):
+    """The configuration of a two-layer model with grouped-query attention."""
+    fixed = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+    }
+    return CONFIGS[kind](**fixed | more)
 
 
 def _widen_norms(model):
@@ -111,18 +113,12 @@ def save_tiny_model(directory: Path, kind: str = "qwen2", *, max_length: int = 1
     from transformers import AutoModelForCausalLM
 
     tokenizer = byte_tokenizer()
-    shape = CONFIGS[kind](
+    shape = small_shape(
+        kind,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
         max_position_embeddings=max_length,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

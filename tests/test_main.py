@@ -103,6 +103,22 @@ CONFIGURATION = {
         "algorithm.surrogate=ppo",
         "algorithm.surrogate='ppo': choose one of clip, cispo, sapo, reinforce",
     ),
+    "floor without a mask": (
+        "algorithm.importance_floor=0.5",
+        "algorithm.importance_floor=0.5: it bounds importance_mode=mask; set that too",
+    ),
+    "adapters twice": (
+        ["model.lora.rank=4", "model.lora.path=there"],
+        "model.lora.rank=4: the adapters of model.lora.path have their own; leave one of the two out",
+    ),
+    "moving reference of adapters": (
+        ["model.lora.rank=4", "algorithm.reference.schedule=ema"],
+        "algorithm.reference.schedule=ema: with model.lora the frozen model is the reference and cannot move",
+    ),
+    "adapters of nothing": (
+        ["model.lora.rank=4", "model.lora.target_modules=[query]"],
+        "model.lora.target_modules: the model has no matrix 'query'; choose among down_proj, gate_proj, k_proj",
+    ),
     "negative KL": ("algorithm.kl_coef=-1", "algorithm.kl_coef=-1.0: use a value >= 0"),
     "tracker": ("run.trackers=[paper]", "run.trackers=paper: choose any of tensorboard, wandb, mlflow"),
     "micro-batch": (
@@ -133,7 +149,8 @@ CONFIGURATION = {
 @pytest.mark.parametrize("name", CONFIGURATION)
 def test_a_wrong_setting_is_refused_by_key_value_and_mend(name, refusal, tiny_qwen2):
     override, expected = CONFIGURATION[name]
-    line = refusal("train", *small_run(tiny_qwen2, override))
+    overrides = [override] if isinstance(override, str) else override
+    line = refusal("train", *small_run(tiny_qwen2, *overrides))
     assert line == expected or line.startswith(tuple(expected + mark for mark in " ,;")), line
 
 

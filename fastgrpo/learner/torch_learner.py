@@ -20,6 +20,7 @@ from fastgrpo.learner.optimizer import Optimizer, learning_rate
 from fastgrpo.models import storage
 from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.hf import CausalLM, hidden_states
+from fastgrpo.models.lora import Adapters
 from fastgrpo.ranks import Ranks
 from fastgrpo.types import PackedBatch, StepResult, WeightSlice
 
@@ -28,15 +29,22 @@ class TorchLearner:
     """Trains the model in place, so a sampler on the same module sees every update with nothing copied.
 
     model: loaded by fastgrpo.models.hf. reference: the KL term's model, or None where kl_coef is 0.
+    adapters: the model's LoRA adapters, or None; without them the model is its own reference, and none is passed.
     num_updates: optimizer steps of the whole run, for the learning-rate schedule.
     """
 
     weights_are_shared = True
 
     def __init__(
-        self, model: CausalLM, config: TrainConfig, *, num_updates: int, reference: CausalLM | None = None
+        self,
+        model: CausalLM,
+        config: TrainConfig,
+        *,
+        num_updates: int,
+        reference: CausalLM | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        self.model, self.config, self.num_updates = model, config, num_updates
+        self.model, self.config, self.num_updates, self.adapters = model, config, num_updates, adapters
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
         self.optimizer = Optimizer(model, config)
         self.policy_version = 0
@@ -73,6 +81,9 @@ class TorchLearner:
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, *, temperature: float, reference: bool = False) -> Tensor:
         """See Learner.logprobs."""
+        if reference and self.adapters is not None:
+            with self.adapters.disabled():
+                return self.logprobs(batch, temperature=temperature)
         model = self.reference if reference else self.model
         assert model is not None, "no reference model was loaded"
         was_training = model.training
@@ -133,15 +144,24 @@ class TorchLearner:
         """Everything that an update reads or changes."""
         reference = None if self.reference is None else self.reference.state_dict()
         return {
-            "model": self.model.state_dict(),
+            "model": self._trained(),
             "reference": reference,
             "optimizer": self.optimizer.state_dict(),
             "policy_version": self.policy_version,
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        trained = self._trained()
+        if trained.keys() != state["model"].keys():
+            raise ValueError("other parameters were trained")
+        for name, parameter in trained.items():
+            parameter.copy_(state["model"][name])
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.policy_version = state["policy_version"]
+
+    def _trained(self) -> dict[str, Tensor]:
+        """What updates change: every parameter, or the adapters alone."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}

@@ -153,7 +153,7 @@ def stop_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def save_pretrained(model: CausalLM, tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike) -> None:
-    """Write a plain Hugging Face directory (safetensors) that AutoModelForCausalLM loads."""
+    """Write a Hugging Face directory (safetensors) that AutoModelForCausalLM loads; of adapters, a PEFT directory."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

@@ -1,0 +1,84 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT: the base is frozen, A and B alone are trained.
+
+The base without its adapters is the policy as it was before training, so the KL term's reference costs no memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgrpo.config import LoraConfig, UserError
+from fastgrpo.kernels.cpu_linear import use_cpu_linear
+from fastgrpo.models.hf import CausalLM
+
+
+class Adapters:
+    """The adapters inside a model whose modules PEFT has replaced in place."""
+
+    def __init__(self, peft_model: Any) -> None:
+        self._peft_model = peft_model
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model computes as the base does."""
+        with self._peft_model.disable_adapter():
+            yield
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write a PEFT directory, which transformers, PEFT and vLLM load beside the base model."""
+        self._peft_model.save_pretrained(directory)
+        Path(directory, "README.md").unlink(missing_ok=True)  # PEFT's form for a hub page, all of it blank
+
+
+def add_adapters(model: CausalLM, config: LoraConfig, *, seed: int) -> Adapters:
+    """Freeze the model and put fresh adapters of rank config.rank, or those of config.path, beside its matrices.
+
+    Fresh ones leave the model's outputs as they were, because B begins at zero. They are float32 whatever the base is.
+    Raises UserError where PEFT is not installed, a target names no matrix, or config.path fits no adapter.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise UserError(f"model.lora: {error.name} is not installed; pip install fastgrpo[lora]") from None
+    if config.path is not None:
+        return _ready(model, _load(peft, model, config.path))
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    unknown = sorted(set(config.target_modules) - (names - {"lm_head"}))
+    if unknown:
+        raise UserError(
+            f"model.lora.target_modules: the model has no matrix {unknown[0]!r}; "
+            f"choose among {', '.join(sorted(names - {'lm_head'}))}"
+        )
+    shape = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.target_modules),
+        use_rslora=config.rank_stabilized,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _ready(model, peft.get_peft_model(model, shape))
+
+
+def _load(peft: Any, model: CausalLM, path: str) -> Any:
+    directory = Path(path).expanduser()
+    if not (directory / "adapter_config.json").is_file():
+        raise UserError(f"model.lora.path={path}: no adapter_config.json there; give a PEFT directory")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(directory), is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.lora.path={path}: does not fit model.path: {reason}") from error
+
+
+def _ready(model: CausalLM, peft_model: Any) -> Adapters:
+    if model.device.type == "cpu":
+        use_cpu_linear(model)
+    return Adapters(peft_model)
