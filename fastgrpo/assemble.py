@@ -230,7 +230,7 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))
         assert contract is not None  # the main rank samples
         check_contract(contract, objective)
-        console.banner(config.run.name, batch_algebra(config, prompts, learner, model))
+        console.banner(config.run.name, batch_algebra(config, prompts, learner.ranks.num_ranks, describe(model)))
         stack.enter_context(console)
         yield Run(
             config=config,
@@ -287,26 +287,32 @@ def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def batch_algebra(config: Config, prompts: PromptSets, learner: Learner, model: CausalLM) -> list[tuple[str, str]]:
-    """What a step does, in numbers."""
-    train, group_size, ranks = config.train, config.algorithm.group_size, learner.ranks
+def describe(model: CausalLM) -> str:
+    """The policy in a few words."""
+    num_params = sum(p.numel() for p in model.parameters())
+    where = f"{model.dtype} on {model.device}".removeprefix("torch.")
+    return f"{model.config.model_type}, {num_params / 1e6:.1f}M parameters, {where}"
+
+
+def batch_algebra(config: Config, prompts: PromptSets, num_ranks: int, model: str) -> list[tuple[str, str]]:
+    """What a step does, in numbers; `model` is its description."""
+    train, group_size = config.train, config.algorithm.group_size
     sequences = train.prompts_per_step * group_size
     longest = max(len(p.token_ids) for p in prompts.train) + config.sampling.max_new_tokens
-    num_params = sum(p.numel() for p in model.parameters())
     num_updates = train.updates_per_rollout * train.num_minibatches
     updates = f"{num_updates} update{'s' if num_updates > 1 else ''} of {sequences // train.num_minibatches}"
     dropped = f", {prompts.num_dropped} too long and dropped" if prompts.num_dropped else ""
     duplicates = f", {prompts.num_duplicates} repeat a held-out one and are left out" if prompts.num_duplicates else ""
-    kind, where = model.config.model_type, f"{model.dtype} on {model.device}".removeprefix("torch.")
     lines = [
-        ("model", f"{kind}, {num_params / 1e6:.1f}M parameters, {where}"),
+        ("model", model),
         ("data", f"{len(prompts.train)} prompts to train on, {len(prompts.eval)} held out{dropped}{duplicates}"),
         ("a step", f"{train.prompts_per_step} prompts x {group_size} completions = {sequences} sequences"),
         ("", f"of up to {longest} tokens, {updates}"),
         ("micro-batch", f"up to {config.learner.max_tokens_per_microbatch} packed tokens"),
         ("run", f"{train.num_steps} steps, written to {config.run.dir}"),
     ]
-    if ranks.num_ranks > 1:
-        cut = f"tp={config.learner.tp} x pp={config.learner.pp} x {ranks.num_data_ranks} data parallel"
-        lines.insert(1, ("ranks", f"{ranks.num_ranks} = {cut}; {sequences / ranks.num_data_ranks:g} sequences each"))
+    if num_ranks > 1:
+        copies = num_ranks // (config.learner.tp * config.learner.pp)
+        cut = f"tp={config.learner.tp} x pp={config.learner.pp} x {copies} data parallel"
+        lines.insert(1, ("ranks", f"{num_ranks} = {cut}; {sequences / copies:g} sequences each"))
     return lines

@@ -67,7 +67,7 @@ class ModelConfig:
     """The policy."""
 
     path: str | None = None
-    """A local Hugging Face directory (Qwen2, Qwen3 or Llama) or a hub name. null builds a small Qwen3 from nothing."""
+    """A local Hugging Face directory (Qwen2, Qwen3, Qwen3-MoE, Llama) or a hub name; null builds a small Qwen3."""
     tokenizer_path: str | None = None
     """Another directory for the tokenizer; null uses model.path."""
     hidden_size: int = 128
@@ -274,6 +274,8 @@ class LearnerConfig:
     """megatron: virtual stages on each pipeline rank."""
     sp: bool = False
     """megatron: cut norms and residuals along the tokens too (sequence parallel)."""
+    ep: int = 1
+    """megatron: deal a layer's experts over this many of a stage's tp x data-parallel ranks (expert parallel)."""
     max_tokens_per_microbatch: int = 16384
     """Packed tokens in one forward pass."""
     share_prompts: bool = True
@@ -287,9 +289,25 @@ class SamplerConfig:
     """Who draws the completions."""
 
     kind: str = "torch"
-    """torch: the learner's own Hugging Face model."""
+    """torch: the learner's own Hugging Face model.  vllm: vLLM in the learner's processes, on the learner's tensors
+    (docs/colocation.md)."""
     max_sequences: int = 512
     """Completions drawn at once; bounds the KV cache."""
+    tp: int = 1
+    """vllm: ranks over which one engine is cut; it need not be learner.tp."""
+    gpu_memory_utilization: float | None = None
+    """vllm: share of the GPU for weights and KV cache together; null computes the KV cache from max_sequences."""
+    enforce_eager: bool = False
+    """vllm: no CUDA graphs (a CPU has none): starts faster, decodes slower."""
+    max_restarts: int = 2
+    """vllm: how often a failed engine is rebuilt, and the rollout drawn again with the same seeds, before the run
+    stops."""
+    bucket_mb: int = 256
+    """Weights that learner and sampler do not share move in buckets of at most this size."""
+    proof: str = "sampled"
+    """sampled | full: whether the checksums of weights that were copied read a part, another one each step, or all."""
+    canary_tolerance: float | None = None
+    """How far the canary's logprobs may be apart when weights are shared; null: 2e-5 in float32, 0.1 in bfloat16."""
 
 
 @dataclass(kw_only=True)
@@ -302,6 +320,10 @@ class ClusterConfig:
     """auto | float32 | bfloat16: the weights' type; auto is float32 on a CPU and bfloat16 on a GPU."""
     num_threads: int | None = None
     """CPU threads; null: all cores."""
+    memory_gb: float | None = None
+    """One device's memory in 10^9 bytes, for `fastgrpo plan` of a GPU that is not here; null: what this machine has."""
+    num_ranks: int | None = None
+    """`fastgrpo plan`: processes of the job to plan for; null: one copy of the policy."""
 
 
 @dataclass(kw_only=True)

@@ -26,6 +26,9 @@ EXAMPLES = {
     "eval": """\
   fastgrpo eval model.path=runs/latest/hf                          held-out accuracy, greedy
   fastgrpo eval model.path=DIR data.path=FILE.jsonl reward=gsm8k eval.num_samples=8 eval.temperature=1""",
+    "plan": """\
+  fastgrpo plan model.path=DIR data.path=FILE.jsonl                what a step does, and whether it fits here
+  fastgrpo plan model.path=DIR learner=megatron learner.tp=4 cluster.num_ranks=64 cluster.memory_gb=80""",
     "verify": """\
   fastgrpo verify                                                  every objective, on a GPU if there is one
   fastgrpo verify device=cuda dtypes=[bfloat16] vocab_size=151936""",

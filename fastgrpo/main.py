@@ -1,4 +1,4 @@
-"""The command line: `fastgrpo train|eval|verify|report KEY=VALUE ...`.
+"""The command line: `fastgrpo train|eval|plan|verify|report KEY=VALUE ...`.
 
 Each command is a Hydra application. What the user can mend ends in one line on stderr and exit code 2.
 """
@@ -29,6 +29,7 @@ def main() -> None:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "eval": evaluate,
+        "plan": plan,
         "verify": verify,
         "report": report,
     }
@@ -68,6 +69,11 @@ def train(arguments: list[str]) -> int:
 def evaluate(arguments: list[str]) -> int:
     """Measure a policy on the held-out questions."""
     return run_hydra("eval", with_shorthands(arguments), _evaluate)
+
+
+def plan(arguments: list[str]) -> int:
+    """What `fastgrpo train` with these settings would do and hold in memory; loads the data, and no weights."""
+    return run_hydra("plan", with_shorthands(arguments), _plan)
 
 
 def verify(arguments: list[str]) -> int:
@@ -181,6 +187,14 @@ def _evaluate(config: Config, text: str) -> int:
     for name, value in evaluate_only(config).items():
         print(f"{name:<24}{value:.4f}")
     return 0
+
+
+def _plan(config: Config, text: str) -> int:
+    from fastgrpo.run import plan_only
+
+    plan, lines = plan_only(config)
+    print(lines)
+    return 0 if plan.fits else 1
 
 
 def refuse_unknown_options(arguments: list[str]) -> None:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastgrpo.config import Config, UserError
 from fastgrpo.validate import validate
+
+if TYPE_CHECKING:
+    from fastgrpo.plan import Plan
 
 
 def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> int | None:
@@ -87,6 +90,28 @@ def evaluate_only(config: Config) -> dict[str, float]:
     with Rewards(config.reward) as rewards:
         result = rewards.score(groups, decode)
     return summarize(result.groups, result.metrics, decode, step=0)[0]
+
+
+def plan_only(config: Config) -> tuple[Plan, str]:
+    """What a run would do and hold, and the same as a page of text. Raises UserError for what the user can mend."""
+    validate(config)
+    from fastgrpo.assemble import QUICKSTART_CONTEXT, batch_algebra, load_data
+    from fastgrpo.models import hf, tiny
+    from fastgrpo.plan import Shape, device_memory, make_plan, table
+
+    tokenizer, prompts = load_data(config)
+    if config.model.path is None:
+        model_config = tiny.shape(config.model, tokenizer, max_length=QUICKSTART_CONTEXT)
+    else:
+        model_config = hf.load_config(config.model.path)
+    device_bytes, on_gpu = device_memory(config)
+    longest = max(len(prompt.token_ids) for prompt in prompts.train)
+    plan = make_plan(config, model_config, device_bytes=device_bytes, on_gpu=on_gpu, longest_prompt=longest)
+    num_ranks = config.cluster.num_ranks or config.learner.tp * config.learner.pp
+    model = f"{model_config.model_type}, {Shape.of(model_config).num_parameters() / 1e6:.1f}M parameters"
+    lines = batch_algebra(config, prompts, num_ranks, model)
+    algebra = "\n".join(f"{label:<14}{value}" for label, value in lines)
+    return plan, f"{algebra}\n\n{table(plan)}"
 
 
 def _claim(run_dir: Path, config: Config) -> None:

@@ -21,9 +21,9 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length: int, seed: int) -> CausalLM:
-    """A float32 Qwen3 with random weights that are a function of the seed."""
-    shape = Qwen3Config(
+def shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length: int) -> Qwen3Config:
+    """What build_model builds."""
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
@@ -37,7 +37,12 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    shape._attn_implementation = ATTENTION
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length: int, seed: int) -> CausalLM:
+    """A float32 Qwen3 with random weights that are a function of the seed."""
+    made = shape(config, tokenizer, max_length=max_length)
+    made._attn_implementation = ATTENTION
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return prepare(Qwen3ForCausalLM(shape))
+        return prepare(Qwen3ForCausalLM(made))

@@ -1,0 +1,267 @@
+"""What a run will hold in one device's memory, from the configuration alone: nothing is loaded.
+
+Parameters are counted exactly; what follows from them (gradients, optimizer) is exact too. Activations are the tensors
+that autograd saves in a decoder layer, counted term by term in `activation_bytes_per_token` and checked against the
+real thing by tests/test_plan.py.
+
+Letters: H hidden, F feed-forward size, A / C query / key heads, D head size, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastgrpo.config import Config, UserError
+from fastgrpo.models.storage import VOCAB_MULTIPLE
+
+RESERVED_SHARE = 0.08
+"""Of a GPU, for CUDA's context, the allocator's fragments and captured graphs."""
+LOSS_HEAD_SHARE = 1 / 128
+"""kernels/chunks.py gives a tile of logits this share of a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder's dimensions. Example, Qwen3-0.6B: Shape(num_layers=28, hidden_size=1024, ffn_size=3072, num_heads=16,
+    num_kv_heads=8, head_size=128, vocab_size=151936, tied=True, qkv_bias=False, qk_norm=True)"""
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    """Of one expert where there are any."""
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocab_size: int
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+    num_experts: int = 0
+    experts_per_token: int = 1
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """From a transformers configuration."""
+        num_experts = getattr(config, "num_experts", None) or 0
+        return cls(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            ffn_size=config.moe_intermediate_size if num_experts else config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            qkv_bias=config.model_type == "qwen2",
+            qk_norm=config.model_type.startswith("qwen3"),
+            num_experts=num_experts,
+            experts_per_token=config.num_experts_per_tok if num_experts else 1,
+        )
+
+    def num_layer_parameters(self, tp: int = 1, ep: int = 1) -> int:
+        """One layer's parameters on one rank."""
+        heads, width = self.num_heads + 2 * max(self.num_kv_heads, tp), self.head_size
+        qkv, out = heads * width * (self.hidden_size + self.qkv_bias), self.num_heads * width * self.hidden_size
+        attention = (qkv + out) // tp
+        norms = 2 * self.hidden_size + 2 * width * self.qk_norm
+        ffn = 3 * self.hidden_size * self.ffn_size // tp
+        if self.num_experts:
+            ffn = ffn * self.num_experts // ep + self.hidden_size * self.num_experts
+        return attention + norms + ffn
+
+    def num_vocabulary_parameters(self, tp: int = 1) -> int:
+        """The embedding's, or the head's, on one rank."""
+        rows = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tp > 1 else self.vocab_size
+        return rows * self.hidden_size // tp
+
+    def num_parameters(self, tp: int = 1, pp: int = 1, ep: int = 1) -> int:
+        """The parameters of the rank that holds most."""
+        layers = -(-self.num_layers // pp) * self.num_layer_parameters(tp, ep)
+        vocabulary = self.num_vocabulary_parameters(tp)
+        if pp > 1:  # the last stage: its layers, the final norm and the head
+            return layers + vocabulary + self.hidden_size
+        return layers + vocabulary * (1 if self.tied else 2) + self.hidden_size
+
+    def activation_bytes_per_token(self, size: int, tp: int = 1, *, sp: bool = False) -> int:
+        """What autograd keeps of one token in one layer; `size` is the bytes of an element.
+
+        A norm keeps its float32 input and its normalised output; a product its input; attention q, k, v and its
+        output; silu(gate) * up its three factors. arXiv 2205.05198 counts GPT's layers the same way.
+        """
+        heads = self.num_heads + self.num_kv_heads
+        norms = 2 * (4 + size) * self.hidden_size // (tp if sp else 1)
+        inputs = 2 * size * self.hidden_size // (tp if sp else 1)
+        attention = 2 * heads * self.head_size * size // tp
+        qk_norms = (4 + size) * heads * self.head_size * self.qk_norm // tp
+        ffn = 4 * self.ffn_size * self.experts_per_token * size // tp
+        return norms + inputs + attention + qk_norms + ffn
+
+    def kv_bytes_per_token(self, size: int, tp: int = 1) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.num_layers * max(1, self.num_kv_heads // tp) * self.head_size * size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes on one device, by what they are for. Example: Plan(device_bytes=141 << 30, weights=1 << 30, ...)"""
+
+    device_bytes: int
+    on_gpu: bool
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss_head: int
+    kv_cache_wanted: int
+    """Of every completion of this rank that can be in flight at once, at its full length."""
+
+    @property
+    def reserved(self) -> int:
+        return int(self.device_bytes * RESERVED_SHARE) if self.on_gpu else 0
+
+    @property
+    def train(self) -> int:
+        """Held while learning, with the KV cache asleep."""
+        held = self.weights + self.reference + self.gradients + self.optimizer
+        return held + self.activations + self.loss_head + self.reserved
+
+    @property
+    def offload(self) -> bool:
+        """Whether the optimizer's state and the gradients have to leave while sampling, for the KV cache to fit."""
+        stays = self.weights + self.reference + self.reserved
+        return self.on_gpu and stays + self.gradients + self.optimizer + self.kv_cache_wanted > self.device_bytes
+
+    @property
+    def kv_cache(self) -> int:
+        """What the KV cache gets: what it wants, or what is left."""
+        held = self.weights + self.reference + self.reserved
+        held += 0 if self.offload else self.gradients + self.optimizer
+        return max(0, min(self.kv_cache_wanted, self.device_bytes - held))
+
+    @property
+    def rollout(self) -> int:
+        """Held while sampling."""
+        held = self.weights + self.reference + self.reserved + self.kv_cache
+        return held + (0 if self.offload else self.gradients + self.optimizer)
+
+    @property
+    def fits(self) -> bool:
+        return self.train <= self.device_bytes and self.kv_cache > 0
+
+
+def make_plan(config: Config, model_config: Any, *, device_bytes: int, on_gpu: bool, longest_prompt: int) -> Plan:
+    """The plan of one rank, the one that holds most."""
+    shape, learner, train = Shape.of(model_config), config.learner, config.train
+    size = 4 if config.cluster.dtype == "float32" or (config.cluster.dtype == "auto" and not on_gpu) else 2
+    num_parameters = shape.num_parameters(learner.tp, learner.pp)
+    lora = config.model.lora
+    trained = num_parameters
+    if lora.rank:
+        trained, size_trained = _num_adapter_parameters(shape, lora.rank, lora.target_modules), 4
+    else:
+        size_trained = size
+    per_token = shape.activation_bytes_per_token(size, learner.tp, sp=learner.sp)
+    layers = -(-shape.num_layers // learner.pp)
+    every_input = layers * shape.hidden_size * size
+    kept = every_input + per_token if learner.gradient_checkpointing else layers * per_token
+    copies = max(1, (config.cluster.num_ranks or 1) // (learner.tp * learner.pp))
+    sequences = -(-train.prompts_per_step // copies) * config.algorithm.group_size
+    in_flight = min(sequences, config.sampler.max_sequences)
+    length = longest_prompt / config.algorithm.group_size + config.sampling.max_new_tokens  # prompts are shared
+    kv = shape.kv_bytes_per_token(size, learner.tp)
+    return Plan(
+        device_bytes=device_bytes,
+        on_gpu=on_gpu,
+        weights=num_parameters * size,
+        reference=num_parameters * size if config.algorithm.kl_coef > 0 and not lora.enabled else 0,
+        gradients=trained * 4,
+        optimizer=trained * (8 + (4 if size_trained < 4 else 0)),
+        activations=int(config.learner.max_tokens_per_microbatch * kept * learner.pp),
+        loss_head=int(device_bytes * LOSS_HEAD_SHARE) if on_gpu else 1 << 26,
+        kv_cache_wanted=int(in_flight * length * kv),
+    )
+
+
+def _num_adapter_parameters(shape: Shape, rank: int, targets: list[str]) -> int:
+    hidden, heads, kv_heads = shape.hidden_size, shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
+    sides = {
+        "q_proj": hidden + heads,
+        "k_proj": hidden + kv_heads,
+        "v_proj": hidden + kv_heads,
+        "o_proj": heads + hidden,
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + shape.ffn_size),
+    }
+    return shape.num_layers * rank * sum(sides.get(name, 0) for name in targets)
+
+
+def device_memory(config: Config) -> tuple[int, bool]:
+    """(bytes, whether it is a GPU's): what cluster.memory_gb says, else this machine's device."""
+    on_gpu = config.cluster.device.startswith("cuda") or (
+        config.cluster.device == "auto" and (torch.cuda.is_available() or config.cluster.memory_gb is not None)
+    )
+    if config.cluster.memory_gb is not None:
+        return int(config.cluster.memory_gb * 1e9), on_gpu
+    if not on_gpu:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return int(file.readline().split()[1]) * 1024, False
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"cluster.device={config.cluster.device}: this machine has no CUDA device; "
+            "set cluster.memory_gb to plan for one"
+        )
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, True
+
+
+def table(plan: Plan) -> str:
+    """The plan for people."""
+    rows: list[tuple[str, int, bool, bool]] = [
+        ("weights", plan.weights, True, True),
+        ("reference", plan.reference, True, True),
+        ("gradients", plan.gradients, True, not plan.offload),
+        ("optimizer", plan.optimizer, True, not plan.offload),
+        ("activations", plan.activations, True, False),
+        ("loss head", plan.loss_head, True, False),
+        ("KV cache", plan.kv_cache, False, True),
+        ("reserved", plan.reserved, True, True),
+    ]
+    lines = [f"{'one device':<14}{'TRAIN':>12}{'ROLLOUT':>12}"]
+    lines += [
+        f"{name:<14}{_shown(size) if train else '':>12}{_shown(size) if rollout else '':>12}"
+        for name, size, train, rollout in rows
+    ]
+    lines.append(f"{'in all':<14}{_shown(plan.train):>12}{_shown(plan.rollout):>12}   of {_shown(plan.device_bytes)}")
+    return "\n".join([*lines, "", *advice(plan)])
+
+
+def _shown(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+def advice(plan: Plan) -> list[str]:
+    """What the numbers mean, and what to change where they do not fit."""
+    lines = []
+    if plan.train > plan.device_bytes:
+        biggest = max(("activations", "optimizer", "weights"), key=lambda name: getattr(plan, name))
+        mend = {
+            "activations": "lower learner.max_tokens_per_microbatch, or set learner.gradient_checkpointing",
+            "optimizer": "raise learner.tp or learner.pp, or train adapters (model.lora.rank)",
+            "weights": "raise learner.tp or learner.pp, or use algorithm.kl_coef=0, which needs no reference",
+        }[biggest]
+        lines.append(f"does not fit: training needs {_shown(plan.train - plan.device_bytes)} more; {mend}")
+    if plan.kv_cache < plan.kv_cache_wanted:
+        share = plan.kv_cache / plan.kv_cache_wanted
+        lines.append(
+            f"the KV cache holds {share:.0%} of the {_shown(plan.kv_cache_wanted)} that all completions would take at "
+            "their full length; the rest wait their turn"
+        )
+    if plan.offload:
+        lines.append("gradients and optimizer state move to the host while sampling")
+    return lines or ["fits, with nothing to move"]

@@ -1,0 +1,171 @@
+"""What a run is predicted to hold, against what models and autograd really hold."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from builders import CONFIGS, make_model, small_run, small_shape
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from fastgrpo.config import LoraConfig, UserError
+from fastgrpo.main import compose, with_shorthands
+from fastgrpo.models.attention import PackedAttention
+from fastgrpo.models.hf import ATTENTION, hidden_states, prepare
+from fastgrpo.models.lora import add_adapters
+from fastgrpo.plan import Plan, Shape, advice, device_memory, make_plan, table
+from fastgrpo.run import plan_only
+
+NUM_TOKENS = 256
+GB = 10**9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_parameters_are_counted_exactly(kind, tied):
+    model = make_model(kind, tied=tied)
+    assert Shape.of(model.config).num_parameters() == sum(p.numel() for p in model.parameters())
+
+
+def saved_bytes(model) -> int:
+    """What autograd keeps of one forward pass over NUM_TOKENS packed tokens, without the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept.append(tensor)
+        return tensor
+
+    half = NUM_TOKENS // 2
+    segments = torch.tensor([[0, half, 0, 0], [half, NUM_TOKENS, 0, half]])
+    ids = torch.randint(2, 60, (1, NUM_TOKENS))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_states(model, ids, torch.arange(NUM_TOKENS)[None], PackedAttention(segments))
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_activations_are_what_autograd_saves(kind, dtype):
+    """Two more layers keep twice what a layer is said to; within 5 %."""
+    held = []
+    for num_layers in (2, 4):
+        sizes = {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": NUM_TOKENS}
+        shape = small_shape(kind, vocab_size=61, num_hidden_layers=num_layers, **sizes)
+        held.append(saved_bytes(AutoModelForCausalLM.from_config(shape, attn_implementation=ATTENTION).to(dtype)))
+    measured = (held[1] - held[0]) / 2 / NUM_TOKENS
+    assert Shape.of(shape).activation_bytes_per_token(dtype.itemsize) == pytest.approx(measured, rel=0.05)
+
+
+def test_a_rank_of_a_known_model():
+    """Qwen3-0.6B: 596,049,920 parameters by its model card's shape; four ranks halve twice what can be cut."""
+    shape = Shape.of(
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
+        )
+    )
+    assert shape.num_parameters() == 596_049_920
+    matrices = 151936 * 1024 + 28 * (1024 * 128 * (16 + 16) + 16 * 128 * 1024 + 3 * 1024 * 3072)
+    assert shape.num_parameters(tp=4) == matrices // 4 + 28 * (2 * 1024 + 2 * 128) + 1024
+    assert shape.kv_bytes_per_token(2) == 28 * 2 * 8 * 128 * 2
+    assert shape.kv_bytes_per_token(2, tp=16) == 28 * 2 * 128 * 2  # a key head cannot be cut
+
+
+def config_of(*overrides):
+    return compose("train", with_shorthands(["model.path=somewhere", "data=arithmetic", *overrides]))[0]
+
+
+def plan_of(*overrides, model=None, gb=80.0, on_gpu=True) -> Plan:
+    config = config_of(*overrides)
+    model_config = model or make_model("qwen3").config
+    return make_plan(config, model_config, device_bytes=int(gb * GB), on_gpu=on_gpu, longest_prompt=100)
+
+
+def test_what_follows_from_the_parameters():
+    """bfloat16 weights: 2 bytes, a reference 2, float32 gradients 4, masters and two moments 12."""
+    count = Shape.of(make_model("qwen3").config).num_parameters()
+    for plan, held in (
+        (plan_of(), (2, 2, 4, 12)),
+        (plan_of("cluster.dtype=float32", "algorithm.kl_coef=0"), (4, 0, 4, 8)),
+    ):
+        assert (plan.weights, plan.reference, plan.gradients, plan.optimizer) == tuple(count * size for size in held)
+
+
+def test_adapters_are_counted_exactly():
+    model = prepare(make_model("qwen3"))
+    add_adapters(model, LoraConfig(rank=3), seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plan = plan_of("model.lora.rank=3")
+    assert (plan.reference, plan.gradients, plan.optimizer) == (0, 4 * trained, 8 * trained)
+
+
+def test_recomputing_and_pipelines_change_the_activations():
+    plain, recomputed = plan_of(), plan_of("learner.gradient_checkpointing=true")
+    assert recomputed.activations < 0.7 * plain.activations
+    staged = plan_of("learner=megatron", "learner.pp=2")
+    assert staged.activations == plain.activations  # half the layers, two micro-batches in flight
+
+
+SIZES = Plan(
+    device_bytes=100,
+    on_gpu=False,
+    weights=10,
+    reference=10,
+    gradients=20,
+    optimizer=30,
+    activations=15,
+    loss_head=5,
+    kv_cache_wanted=20,
+)
+
+
+def test_a_gpu_that_is_too_small_moves_the_optimizer_out():
+    assert (SIZES.train, SIZES.rollout, SIZES.offload, SIZES.fits) == (90, 90, False, True)
+    assert advice(SIZES) == ["fits, with nothing to move"]
+    tight = replace(SIZES, on_gpu=True, kv_cache_wanted=60)  # 8 are reserved
+    assert tight.offload
+    assert (tight.kv_cache, tight.rollout) == (60, 88)
+    wanting = replace(tight, kv_cache_wanted=144)
+    assert wanting.kv_cache == 72
+    assert advice(wanting)[0].startswith("the KV cache holds 50% of the 144 B")
+    large = replace(SIZES, activations=50)
+    assert not large.fits
+    assert advice(large) == [
+        "does not fit: training needs 25 B more; lower learner.max_tokens_per_microbatch, or set "
+        "learner.gradient_checkpointing"
+    ]
+    assert "OPTIMIZER" not in table(tight)
+
+
+def test_the_device_is_this_machines_or_the_one_that_is_said():
+    assert device_memory(config_of("cluster.memory_gb=80")) == (80 * GB, True)
+    size, on_gpu = device_memory(config_of("cluster.device=cpu"))
+    assert size > GB
+    assert not on_gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+def test_a_gpu_that_is_not_here_needs_its_size():
+    with pytest.raises(UserError, match=r"cluster\.device=cuda: .* set cluster\.memory_gb"):
+        device_memory(config_of("cluster.device=cuda"))
+
+
+def test_the_page_tells_the_step_and_the_memory(workplace, tiny_qwen2):
+    config, _ = compose("plan", with_shorthands(small_run(tiny_qwen2)))
+    plan, page = plan_only(config)
+    assert plan.fits
+    assert "4 prompts x 4 completions = 16 sequences" in page
+    assert [line.split()[0] for line in page.split("\n\n")[1].splitlines()][:4] == [
+        "one",
+        "weights",
+        "reference",
+        "gradients",
+    ]
+    assert not any(workplace.iterdir())
