@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -68,12 +69,17 @@ class Optimizer:
     def zero_grad(self) -> None:
         self.adam.zero_grad(set_to_none=True)
 
+    def state(self) -> list[Tensor]:
+        """All that outlives an update, but the weights themselves: moments and masters."""
+        moments = [t for state in self.adam.state.values() for name, t in state.items() if name != "step"]
+        return moments + (self.masters if self.has_masters else [])
+
     def state_dict(self) -> dict[str, Any]:
         return {"adam": self.adam.state_dict(), "masters": self.masters if self.has_masters else None}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adam.load_state_dict(state["adam"])
+        self.adam.load_state_dict(copy.deepcopy(state["adam"]))  # which would keep a mapped file's own memory
         if self.has_masters:
             torch._foreach_copy_(self.masters, state["masters"])
 

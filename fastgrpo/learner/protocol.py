@@ -52,3 +52,13 @@ class Learner(Protocol):
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote. Raises UserError where it does not fit."""
         ...
+
+    def offload(self) -> None:
+        """Move to host memory what only an update needs, and give its memory back to the device: optimizer state and
+        gradient buffers. The weights stay where they are, so `logprobs` and samplers work on."""
+        ...
+
+    def onload(self) -> None:
+        """Bring back what `offload` moved, bit for bit; `update`, `save` and `load` need it. Nothing is done where
+        nothing was offloaded."""
+        ...

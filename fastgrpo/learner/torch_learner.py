@@ -16,6 +16,7 @@ from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.loss_inputs import loss_inputs
 from fastgrpo.learner.metrics import LossSums
+from fastgrpo.learner.offload import Offload
 from fastgrpo.learner.optimizer import Optimizer, learning_rate
 from fastgrpo.models import storage
 from fastgrpo.models.attention import PackedAttention
@@ -49,9 +50,11 @@ class TorchLearner:
         self.optimizer = Optimizer(model, config)
         self.policy_version = 0
         self.ranks = Ranks()
+        self._offload = Offload()
 
     def update(self, batches: Iterable[PackedBatch], objective: Objective) -> StepResult:
         """See Learner.update."""
+        assert not self._offload.is_out, "onload() comes before an update"
         self.model.train()
         self.optimizer.zero_grad()
         sums = LossSums()
@@ -121,12 +124,22 @@ class TorchLearner:
         ours: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
 
+    def offload(self) -> None:
+        """See Learner.offload."""
+        self._offload.out(self.optimizer.state())
+
+    def onload(self) -> None:
+        """See Learner.onload."""
+        self._offload.back()
+
     def save(self, directory: Path) -> None:
         """See Learner.save: one file, learner.pt."""
+        assert not self._offload.is_out, "onload() comes before save()"
         torch.save(self.state_dict(), directory / "learner.pt")
 
     def load(self, directory: Path) -> None:
         """See Learner.load. Raises UserError where another kind of learner or model was saved."""
+        assert not self._offload.is_out, "onload() comes before load()"
         file = directory / "learner.pt"
         if not file.is_file():
             raise UserError(f"resume={directory}: no state of a torch learner there")

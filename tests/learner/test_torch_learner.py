@@ -222,3 +222,23 @@ def test_reference_moves_by_the_share_asked_for():
     torch.testing.assert_close(next(learner.reference.parameters()), reference + 0.25 * (policy - reference))
     learner.move_reference(1.0)
     assert torch.equal(next(learner.reference.parameters()), policy)
+
+
+def test_offloaded_in_between_it_goes_on_bit_for_bit(tmp_path):
+    batches = pack(sequences_of(make_groups(RAGGED)), max_tokens=10_000, share_prompts=True)
+    results = []
+    for offloads in (False, True):
+        learner = TorchLearner(make_model().bfloat16(), TrainConfig(learning_rate=1e-3), num_updates=3)
+        learner.update(batches, Objective())
+        learner.save(tmp_path)
+        learner.load(tmp_path)  # what was read from a file can be released too
+        if offloads:
+            learner.offload()
+            assert sum(tensor.untyped_storage().nbytes() for tensor in learner.optimizer.state()) == 0
+            learner.logprobs(batches[0], temperature=1.0)
+            with pytest.raises(AssertionError, match="onload"):
+                learner.update(batches, Objective())
+            learner.onload()
+        learner.update(batches, Objective())
+        results.append([weight.clone() for _, weight in learner.named_weights()])
+    assert all(map(torch.equal, *results))

@@ -31,6 +31,7 @@ from fastgrpo.learner.megatron.model import HiddenStatesModel, build
 from fastgrpo.learner.megatron.optimizer import Optimizer
 from fastgrpo.learner.megatron.sums import reduce_sums
 from fastgrpo.learner.metrics import LossSums
+from fastgrpo.learner.offload import Offload
 from fastgrpo.learner.optimizer import learning_rate
 from fastgrpo.types import PackedBatch, StepResult, WeightSlice
 
@@ -59,6 +60,7 @@ class MegatronLearner:
         reference: bool = False,
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
+        distributed_optimizer: bool = True,
     ) -> None:
         data_parallel_size(layout, architecture, dist.get_world_size() if dist.is_initialized() else 1)
         self.config, self.num_updates, self.policy_version = config, num_updates, 0
@@ -73,9 +75,10 @@ class MegatronLearner:
                 convert.load(self.reference, read, self.parallel)
                 for chunk in self.reference:
                     chunk.eval().requires_grad_(False)
-            self.ddp = [_data_parallel(chunk) for chunk in self.policy]
+            self.ddp = [_data_parallel(chunk, distributed_optimizer) for chunk in self.policy]
             self.optimizer = Optimizer(self.ddp, config, dtype)
         self.device = self.policy[0].inv_freq.device
+        self._offload = Offload()
 
     @classmethod
     def from_pretrained(cls, path: str, layout: Layout, config: TrainConfig, **kwargs: Any) -> MegatronLearner:
@@ -108,6 +111,7 @@ class MegatronLearner:
 
     def accumulate(self, batches: Iterable[PackedBatch], objective: Objective) -> LossSums:
         """Fresh gradients of all ranks' batches in every parameter's main_grad; returns this rank's sums."""
+        assert not self._offload.is_out, "onload() comes before an update"
         self.optimizer.zero_grad()
         sums = LossSums()
         for chunk in self.ddp:
@@ -193,12 +197,23 @@ class MegatronLearner:
 
     def save(self, directory: Path) -> None:
         """Write the state, all ranks together, so that every layout can load it; see sharded_checkpoint.save."""
+        assert not self._offload.is_out, "onload() comes before save()"
         sharded_checkpoint.save(self, directory)
 
     def load(self, directory: Path) -> None:
         """Go on from a state that any layout saved; see sharded_checkpoint.load."""
+        assert not self._offload.is_out, "onload() comes before load()"
         sharded_checkpoint.load(self, directory)
 
+    def offload(self) -> None:
+        """See Learner.offload."""
+        self._offload.out(self.optimizer.state(), drop=self.optimizer.gradient_buffers())
 
-def _data_parallel(chunk: HiddenStatesModel) -> DistributedDataParallel:
-    return DistributedDataParallel(chunk.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk)
+    def onload(self) -> None:
+        """See Learner.onload."""
+        self._offload.back()
+
+
+def _data_parallel(chunk: HiddenStatesModel, distributed_optimizer: bool) -> DistributedDataParallel:
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
+    return DistributedDataParallel(chunk.config, config, chunk)

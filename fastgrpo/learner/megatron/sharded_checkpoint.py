@@ -1,8 +1,11 @@
 """A learner's state on disk, written by all ranks at once and readable by every other layout.
 
 Each rank writes its own shards through Megatron's dist_checkpointing, which records where they lie in the whole
-tensors; on loading, each rank reads what its own layout needs. The optimizer's moments, and a bfloat16 model's float32
-masters, lie and travel as their parameters do.
+tensors; on loading, each rank reads what its own layout needs. Weights are boxes of the Hugging Face tensors, and so
+are the optimizer's moments and a bfloat16 model's float32 masters: what a rank holds of a parameter, all of it or a
+distributed optimizer's run of entries, is cut where the tensors' rows end. So nothing is gathered, and what one layout
+has written, with either optimizer, any other reads. (Megatron's own formats for its distributed optimizer change dp
+alone, or gather the whole state on every rank.)
 
 The directory is a file set beside others: writing it whole or not at all is the caller's business. A script that saves
 needs the `if __name__ == "__main__"` guard, because the writer starts a process that imports it again.
@@ -10,6 +13,10 @@ needs the `if __name__ == "__main__"` guard, because the writer starts a process
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +24,6 @@ import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401  (before 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor, nn
 
 from fastgrpo.config import UserError
@@ -34,97 +40,124 @@ if TYPE_CHECKING:
 def save(learner: MegatronLearner, directory: Path) -> None:
     """Write the state into an existing, empty directory that all ranks see. Collective over all ranks."""
     with megatron_on_cpu():
-        state = _sharded(learner, with_optimizer=learner.policy_version > 0, loading=False)
+        state: dict[str, Any] = _sharded(learner)
         state["policy_version"] = learner.policy_version
         dist_checkpointing.save(state, str(directory))
 
 
+@torch.no_grad()
 def load(learner: MegatronLearner, directory: Path) -> None:
     """Go on from a state saved by any layout: bit for bit by the same one. Collective over all ranks.
 
-    Raises UserError where the directory holds no such state, or lacks the reference model that is wanted.
+    Raises UserError where the directory holds no such state, or lacks the reference model or masters that are wanted.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise UserError(f"resume={directory}: no state of a Megatron learner there")
     with megatron_on_cpu():
-        policy_version = dist_checkpointing.load_common_state_dict(str(directory))["policy_version"]
-        state = _sharded(learner, with_optimizer=policy_version > 0, loading=True)
-        saved_names = dist_checkpointing.load_tensors_metadata(str(directory))
-        if learner.reference is not None and not any(name.startswith("reference.") for name in saved_names):
-            raise UserError(f"resume={directory}: saved without a reference model; resume with algorithm.kl_coef=0")
-        loaded = dist_checkpointing.load(state, str(directory))
-        _fill(learner.policy, loaded["policy"])
-        if learner.reference is not None:
-            _fill(learner.reference, loaded["reference"])
-        if policy_version > 0:
-            learner.optimizer.load_state_dict(loaded["optimizer"])
-    learner.policy_version = policy_version
+        wanted = _sharded(learner)
+        _refuse_what_is_missing(directory, {tensor.key for tensor in wanted.values()})
+        targets = {name: tensor.data for name, tensor in wanted.items()}
+        loaded = dist_checkpointing.load(wanted, str(directory))
+        for name, target in targets.items():
+            if loaded[name].data_ptr() != target.data_ptr():  # else it was read into its place
+                target.copy_(loaded[name])
+        learner.policy_version = dist_checkpointing.load_common_state_dict(str(directory))["policy_version"]
+    learner.optimizer.set_num_steps(learner.policy_version)
 
 
-def _sharded(learner: MegatronLearner, *, with_optimizer: bool, loading: bool) -> dict[str, Any]:
-    """What to write or to read: this rank's tensors with their places in the whole ones.
+def _refuse_what_is_missing(directory: Path, keys: set[str]) -> None:
+    missing = sorted(keys - set(dist_checkpointing.load_tensors_metadata(str(directory))))
+    if any(key.startswith("reference.") for key in missing):
+        raise UserError(f"resume={directory}: saved without a reference model; resume with algorithm.kl_coef=0")
+    if missing:
+        raise UserError(f"resume={directory}: {missing[0]} is not in it; resume with the model and dtype of then")
 
-    An optimizer that has not stepped holds nothing yet.
-    """
-    policy = _parameters(learner.policy, learner.parallel, "policy.")
-    state: dict[str, Any] = {"policy": policy}
+
+def _sharded(learner: MegatronLearner) -> dict[str, ShardedTensor]:
+    """What to write, or to read in place: this rank's tensors with their places in the whole ones."""
+    models = {"policy": learner.policy}
     if learner.reference is not None:
-        state["reference"] = _parameters(learner.reference, learner.parallel, "reference.")
-    if with_optimizer:
-        state["optimizer"] = learner.optimizer.optimizer.sharded_state_dict(policy, is_loading=loading)
+        models["reference"] = learner.reference
+    state: dict[str, ShardedTensor] = {}
+    for prefix, chunks in models.items():
+        for entry in _entries(chunks, learner.parallel):
+            state.update(entry.boxes_of(prefix, entry.param.detach().view(-1)))
+    entry_of = {id(entry.param): entry for entry in _entries(learner.policy, learner.parallel)}
+    for held in learner.optimizer.held():
+        entry = entry_of[id(held.param)]
+        if learner.optimizer.is_distributed:
+            entry = replace(entry, dp_replica=0)
+        for name, tensor in held.tensors.items():
+            state.update(entry.boxes_of(f"optimizer.{name}", tensor, held.start))
     return state
 
 
-def _parameters(chunks: list[HiddenStatesModel], parallel: Parallel, prefix: str) -> dict[str, ShardedTensorFactory]:
-    """Every parameter of this rank, stored as boxes of the Hugging Face tensors it holds, which no layout changes."""
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A parameter of this rank, where it lies in the Hugging Face tensors, and which of its replicas this one is."""
+
+    name: str
+    param: nn.Parameter
+    boxes: list[Box]
+    pp_replica: int
+    tp_replica: int
+    dp_replica: int
+
+    def boxes_of(self, prefix: str, flat: Tensor, start: int = 0) -> Iterator[tuple[str, ShardedTensor]]:
+        """A run of the flattened parameter, which begins at its entry `start`, as boxes of the whole tensors, named."""
+        for box in self.boxes:
+            columns = math.prod(box.shape[1:])
+            first = box.row * columns  # the box's first entry in the flattened parameter
+            begin, end = max(first, start), min(first + box.shape[0] * columns, start + flat.numel())
+            for offset, shape in run_as_boxes(box.shape, begin - first, end - first):
+                size = math.prod(shape)
+                tensor = ShardedTensor(
+                    key=f"{prefix}.{box.name}",
+                    data=flat[begin - start : begin - start + size].view(shape),
+                    dtype=flat.dtype,
+                    local_shape=shape,
+                    global_shape=box.full_shape,
+                    global_offset=tuple(map(operator.add, box.start, offset)),
+                    axis_fragmentations=None,  # ranks need not hold equally much
+                    replica_id=(self.pp_replica, self.tp_replica, self.dp_replica),  # who is 0 in all three writes
+                )
+                yield f"{prefix}.{self.name}.{begin}", tensor
+                begin += size
+
+
+def _entries(chunks: list[HiddenStatesModel], parallel: Parallel) -> Iterator[_Entry]:
     architecture, tp = chunks[0].architecture, parallel.layout.tp
-    return {
-        name: _factory(
-            prefix,
-            param,
-            boxes_of(name, architecture, tp, parallel.tp_rank),
-            # (pipeline, tensor parallel, data parallel): whoever is 0 in all three writes.
-            replica_id=(
-                int(name == HEAD and architecture.tied),
-                parallel.tp_rank if is_replicated(name, architecture, tp) else 0,
-                parallel.dp_rank,
-            ),
-        )
-        for name, param in convert.parameters(chunks)
-    }
-
-
-def _factory(
-    prefix: str, param: nn.Parameter, boxes: list[Box], *, replica_id: tuple[int, int, int]
-) -> ShardedTensorFactory:
-    """How Megatron takes a parameter, or an optimizer's state of its shape, apart into boxes and together again."""
-
-    def split(key: str, tensor: Tensor, replica_id: tuple, _: slice | None) -> list[ShardedTensor]:
-        return [
-            ShardedTensor(
-                key=key + box.name,
-                data=box.within(tensor),
-                dtype=tensor.dtype,
-                local_shape=box.shape,
-                global_shape=box.full_shape,
-                global_offset=box.start,
-                axis_fragmentations=None,  # ranks need not hold equally much of a vocabulary
-                replica_id=replica_id,
-            )
-            for box in boxes
-            if 0 not in box.shape
-        ]
-
-    def merge(loaded: list[Tensor]) -> Tensor:
-        merged = torch.zeros_like(param, dtype=loaded[0].dtype) if loaded else torch.zeros_like(param)
-        for box, tensor in zip((box for box in boxes if 0 not in box.shape), loaded, strict=True):
-            box.within(merged).copy_(tensor)
-        return merged
-
-    return ShardedTensorFactory(prefix, param, split, merge, replica_id)
-
-
-@torch.no_grad()
-def _fill(chunks: list[HiddenStatesModel], loaded: dict[str, Tensor]) -> None:
     for name, param in convert.parameters(chunks):
-        param.copy_(loaded[name])
+        yield _Entry(
+            name=name,
+            param=param,
+            boxes=boxes_of(name, architecture, tp, parallel.tp_rank),
+            pp_replica=int(name == HEAD and architecture.tied),
+            tp_replica=parallel.tp_rank if is_replicated(name, architecture, tp) else 0,
+            dp_replica=parallel.dp_rank,
+        )
+
+
+def run_as_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The entries start to stop of a flattened tensor as boxes of it, (first entry, shape), in their order.
+
+    Example: entries 2 to 9 of a (4, 3) tensor are ((0, 2), (1, 1)), ((1, 0), (2, 3)).
+    """
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    columns = math.prod(shape[1:])
+    first, last = -(-start // columns), stop // columns  # the whole rows
+    if first > last:  # less than a row
+        runs = [(last, start - last * columns, stop - last * columns)]
+    else:
+        runs = [(first - 1, start - (first - 1) * columns, columns)] if start < first * columns else []
+    for row, begin, end in runs:
+        yield from (((row, *offset), (1, *size)) for offset, size in run_as_boxes(shape[1:], begin, end))
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    if first <= last and last * columns < stop:
+        tail = run_as_boxes(shape[1:], 0, stop - last * columns)
+        yield from (((last, *offset), (1, *size)) for offset, size in tail)

@@ -43,7 +43,13 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     """Everything that the tests compare with the torch learner."""
     path = directory / case.model
     learner = MegatronLearner.from_pretrained(
-        str(path), case.layout, TRAIN, num_updates=NUM_STEPS + 1, reference=True, recompute=case.recompute
+        str(path),
+        case.layout,
+        TRAIN,
+        num_updates=NUM_STEPS + 1,
+        reference=True,
+        recompute=case.recompute,
+        distributed_optimizer=case.distributed_optimizer,
     )
     source = from_directory(path)
     result: dict[str, Any] = {
@@ -66,11 +72,11 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["steps"] += [vars(learner.update(mine, OBJECTIVE)) for _ in range(NUM_STEPS - 1)]
     result["weights"] = {name: tensor.clone() for name, tensor in learner.named_weights()}
     result["slices"] += slices_differ(held, result["weights"].__getitem__)
-    result["slices_moved"] = addresses(held) != addresses(learner.weight_slices())
     reference = [learner.logprobs(batch, temperature=1.0, reference=True) for batch in batches]
     result["reference"] = by_token(batches, reference)
     result["skipped"] = after_a_nan(learner, mine)
-    result["resume_differs"] = resumed(learner, saved, mine, result["weights"])
+    result["bytes_while_offloaded"], result["resume_differs"] = resumed(learner, saved, mine, result["weights"])
+    result["moved"] = addresses(held) != addresses(learner.weight_slices())
     result["ranks_differ"] = ranks_differ(result)
     parallel.destroy()
     return result
@@ -114,6 +120,11 @@ def addresses(held: list[WeightSlice]) -> list[int]:
 
 def gradients(learner: MegatronLearner, batches) -> dict[str, torch.Tensor]:
     learner.accumulate(batches, OBJECTIVE)
+    if learner.optimizer.is_distributed:  # each data-parallel rank has summed its own part
+        groups = [g for chunk in learner.ddp for g in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)]
+        for ranks, bucket in ((g.intra_distributed_optimizer_instance_group, b) for g in groups for b in g.buckets):
+            parts = list(bucket.grad_data.chunk(ranks.size()))
+            dist.all_gather(parts, parts[ranks.rank()].clone(), group=ranks)
     whole = convert.to_hf(learner.policy, learner.parallel, value=lambda param: param.main_grad)
     return {name: gradient.clone() for name, gradient in whole}
 
@@ -147,12 +158,19 @@ def after_a_nan(learner: MegatronLearner, batches) -> dict[str, Any]:
     return {"skipped": step.skipped, "moved": moved, "policy_version": step.policy_version}
 
 
-def resumed(learner: MegatronLearner, saved: Path, batches, weights) -> list[str]:
-    """The weights that differ when the last steps are taken again from a saved state."""
+def resumed(learner: MegatronLearner, saved: Path, batches, weights) -> tuple[int, list[str]]:
+    """The last steps taken again from a saved state, with the optimizer out of memory before each: the bytes it then
+    holds, and the weights that come out different."""
     learner.load(saved)
+    num_bytes = 0
     for _ in range(NUM_STEPS - 1):
+        learner.offload()
+        released = [*learner.optimizer.state(), *learner.optimizer.gradient_buffers()]
+        num_bytes += sum(tensor.untyped_storage().nbytes() for tensor in released)
+        learner.logprobs(batches[0], temperature=1.0)  # all that the sampler's phase asks for still works
+        learner.onload()
         learner.update(batches, OBJECTIVE)
-    return [name for name, tensor in learner.named_weights() if not torch.equal(tensor, weights[name])]
+    return num_bytes, [name for name, tensor in learner.named_weights() if not torch.equal(tensor, weights[name])]
 
 
 def ranks_differ(result: dict[str, Any]) -> list[str]:
@@ -163,7 +181,8 @@ def ranks_differ(result: dict[str, Any]) -> list[str]:
         "weights": {name: tensor.double().sum().item() for name, tensor in result["weights"].items()},
         "not_exact": result["not_exact"],
         "slices": result["slices"],
-        "slices_moved": result["slices_moved"],
+        "moved": result["moved"],
+        "bytes_while_offloaded": result["bytes_while_offloaded"],
     }
     everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
@@ -171,11 +190,16 @@ def ranks_differ(result: dict[str, Any]) -> list[str]:
 
 
 def reshard(directory: Path) -> list[dict[str, Any]]:
-    """Two steps in the first layout, saved; then a third step there, and from the saved state in all the others."""
-    saved, results = directory / "sharded", []
-    for index, layout in enumerate(RESHARDED):
+    """Two steps in the first layout, and a third in all of them, each from what the one before it has saved."""
+    results: list[dict[str, Any]] = []
+    for index, case in enumerate(RESHARDED):
         learner = MegatronLearner.from_pretrained(
-            str(directory / RESHARDED_MODEL), layout, TRAIN, num_updates=NUM_STEPS + 1, reference=True
+            str(directory / RESHARDED_MODEL),
+            case.layout,
+            TRAIN,
+            num_updates=NUM_STEPS + 1,
+            reference=True,
+            distributed_optimizer=case.distributed_optimizer,
         )
         batches = with_logprobs(batches_of(True), learner)
         mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
@@ -183,9 +207,9 @@ def reshard(directory: Path) -> list[dict[str, Any]]:
             for _ in range(NUM_STEPS - 1):
                 learner.update(mine, OBJECTIVE)
             learner.move_reference(0.5)
-            learner.save(empty_directory(saved))
         else:
-            learner.load(saved)
+            learner.load(directory / f"sharded-{index - 1}")
+        learner.save(empty_directory(directory / f"sharded-{index}"))
         step = learner.update(mine, OBJECTIVE)
         reference = [learner.logprobs(batch, temperature=1.0, reference=True) for batch in batches]
         weights = {name: tensor.clone() for name, tensor in learner.named_weights()}

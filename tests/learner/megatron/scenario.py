@@ -38,6 +38,7 @@ class Case:
     model: str = "qwen3"
     share_prompts: bool = True
     recompute: bool = False
+    distributed_optimizer: bool = True
 
     @property
     def data_parallel(self) -> int:
@@ -48,6 +49,7 @@ class Case:
         words = [self.model, *str(self.layout).split(), f"dp={self.data_parallel}"]
         words += [] if self.share_prompts else ["unshared"]
         words += ["recompute"] if self.recompute else []
+        words += [] if self.distributed_optimizer else ["replicated optimizer"]
         return " ".join(words)
 
 
@@ -71,11 +73,19 @@ CASES = (
     Case(processes=4, layout=Layout(tp=2, pp=2, vpp=2, sp=True), model="qwen2-tied"),
     Case(processes=4, layout=Layout(tp=2)),
     Case(processes=4, layout=Layout(tp=4)),
-    Case(processes=4, layout=Layout(pp=2)),
+    Case(processes=4, layout=Layout(pp=2), model="qwen2-tied"),
+    Case(processes=4, layout=Layout(pp=2), distributed_optimizer=False),
 )
-# The first saves, the others load; the last is the first again.
+# Each loads what the one before has saved; the last is the first again.
 RESHARDED_MODEL = "qwen2-tied"
-RESHARDED = (Layout(tp=2, pp=2), Layout(tp=4), Layout(pp=4), Layout(), Layout(tp=2, pp=2))
+RESHARDED = (
+    Case(processes=4, layout=Layout(tp=2, pp=2)),
+    Case(processes=4, layout=Layout(tp=4), distributed_optimizer=False),
+    Case(processes=4, layout=Layout(pp=4)),
+    Case(processes=4, layout=Layout()),
+    Case(processes=4, layout=Layout(tp=2), distributed_optimizer=False),
+    Case(processes=4, layout=Layout(tp=2, pp=2)),
+)
 
 
 def model_of(name: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A state saved by one layout goes on in every other."""
+"""A state saved by one layout goes on in every other, with either optimizer."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from oracle import largest_error
 from scenario import NUM_STEPS, RESHARDED
 
 
-@pytest.mark.parametrize("index", range(1, len(RESHARDED)), ids=lambda index: str(RESHARDED[index]).replace(" ", "-"))
+@pytest.mark.parametrize("index", range(1, len(RESHARDED)), ids=lambda index: RESHARDED[index].name.replace(" ", "-"))
 def test_the_next_step_is_the_same_in_every_layout(index, results_of):
     first, other = (results_of(4)["reshard"][i] for i in (0, index))
     assert other["step"]["policy_version"] == NUM_STEPS
@@ -16,7 +16,7 @@ def test_the_next_step_is_the_same_in_every_layout(index, results_of):
     assert (other["reference"] - first["reference"]).abs().max() <= 1e-5
 
 
-def test_the_same_layout_goes_on_bit_for_bit(results_of):
+def test_a_state_that_went_through_all_layouts_goes_on_bit_for_bit_in_its_own(results_of):
     first, again = results_of(4)["reshard"][0], results_of(4)["reshard"][-1]
     assert RESHARDED[0] == RESHARDED[-1]
     assert again["step"] == first["step"]
