@@ -174,7 +174,7 @@ def make_learner(
     device, dtype = device_of(config)
     megatron = MegatronLearner.from_pretrained(
         path,
-        Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp),
+        Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp, ep=learner.ep),
         train,
         num_updates=num_updates,
         reference=needs_reference,

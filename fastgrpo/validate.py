@@ -180,7 +180,7 @@ def _layout(config: Config) -> None:
     learner = config.learner
     if learner.kind != "torch":
         return
-    for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False)):
+    for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False), ("ep", 1)):
         if getattr(learner, key) != plain:
             refuse(f"learner.{key}", getattr(learner, key), "learner=torch is one process; use learner=megatron")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -25,7 +25,7 @@ CausalLM: TypeAlias = Any
 """A transformers model with .model, .lm_head, .config and .device, which its stubs do not tell."""
 
 # Checked end to end against the plain Hugging Face model by tests/models/test_hf.py.
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "qwen3_moe")
 # These rotate by the longest position of a batch, so a token's logits would depend on its neighbours.
 UNSUPPORTED_ROPE_TYPES = ("dynamic", "longrope")
 

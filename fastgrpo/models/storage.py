@@ -77,12 +77,12 @@ def weight_slices(model: nn.Module) -> list[WeightSlice]:
             num_padding_rows=padding.get(id(parameter), 0),
         )
         for name, parameter in model.named_parameters()
-        for checkpoint_name, tensor in _as_saved(name, parameter.detach())
+        for checkpoint_name, tensor in as_saved(name, parameter.detach())
     ]
 
 
-def _as_saved(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Experts are stacked in the model and apart in a checkpoint."""
+def as_saved(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensor under its name or names in a checkpoint, where experts are not stacked."""
     stem, _, kind = name.rpartition(".experts.")
     if kind == "gate_up_proj":
         for number, expert in enumerate(tensor):

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fastgrpo.config import UserError
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # A shard of the vocabulary is a multiple of 64 rows / TP: aligned for the head's GEMM, and vLLM's own padding.
 VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A dense decoder of the Llama family.
+    """A decoder of the Llama family, dense or with a mixture of experts in every layer.
 
     Example: Architecture(model_type="qwen3", num_layers=28, hidden_size=1024, ffn_size=3072, num_heads=16,
                           num_kv_heads=8, head_size=128, vocab_size=151936, max_positions=40960, norm_eps=1e-6,
@@ -41,6 +41,13 @@ class Architecture:
     qk_norm: bool
     inv_freq: Tensor = field(compare=False, repr=False)
     """(head_size / 2,) float32: the rotary embedding's frequencies, with any scaling applied."""
+    num_experts: int = 0
+    """0 for a dense model; the fields below are then 0 too."""
+    num_experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    """Feed-forward size of one expert; ffn_size is not used then."""
+    norm_expert_weights: bool = False
+    """A token's chosen experts' probabilities are scaled to sum to 1."""
     rope_scale: float = 1.0
     """Cosine and sine are multiplied by it (yarn), which multiplies every attention score by its square."""
 
@@ -63,9 +70,10 @@ class Architecture:
             norm_eps=config.rms_norm_eps,
             tied=config.tie_word_embeddings,
             qkv_bias=config.model_type == "qwen2",
-            qk_norm=config.model_type == "qwen3",
+            qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
             inv_freq=inv_freq,
             rope_scale=rope_scale,
+            **_experts(config),
         )
 
     @property
@@ -94,6 +102,22 @@ def _check(config: Any) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             raise UserError(f"learner=megatron: a model with {name}=true is not supported; use one without it")
+
+
+def _experts(config: Any) -> dict[str, Any]:
+    if config.model_type != "qwen3_moe":
+        return {}
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        raise UserError(
+            "learner=megatron: a model with experts in some layers only (mlp_only_layers, decoder_sparse_step) is not "
+            "supported; use one with experts in every layer"
+        )
+    return {
+        "num_experts": config.num_experts,
+        "num_experts_per_token": config.num_experts_per_tok,
+        "expert_ffn_size": config.moe_intermediate_size,
+        "norm_expert_weights": config.norm_topk_prob,
+    }
 
 
 def _rotary(config: Any, head_size: int) -> tuple[Tensor, float]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgrpo.learner.megatron.model import HiddenStatesModel
 from fastgrpo.learner.megatron.parallel import Parallel
-from fastgrpo.learner.megatron.weight_map import HEAD, LAYER, Box, boxes_of, is_replicated
+from fastgrpo.learner.megatron.weight_map import HEAD, LAYER, Box, boxes_of, is_expert, is_replicated
 from fastgrpo.types import WeightSlice
 
 Read = Callable[[str], Tensor]
@@ -36,7 +36,7 @@ def parameters(chunks: Iterable[HiddenStatesModel]) -> Iterator[tuple[str, nn.Pa
 def load(chunks: list[HiddenStatesModel], read: Read, parallel: Parallel) -> None:
     """Fill every parameter of this rank; only tensors held here are read."""
     for name, param in parameters(chunks):
-        for box in boxes_of(name, chunks[0].architecture, parallel.layout.tp, parallel.tp_rank):
+        for box in boxes_of(name, chunks[0].architecture, parallel.place):
             box.within(param).copy_(box.of(read(box.name)))
             box.padding(param).zero_()
 
@@ -52,7 +52,7 @@ def slices(chunks: list[HiddenStatesModel], parallel: Parallel) -> list[WeightSl
             num_padding_rows=box.num_padding_rows,
         )
         for name, param in _once(chunks, parallel)
-        for box in boxes_of(name, chunks[0].architecture, parallel.layout.tp, parallel.tp_rank)
+        for box in boxes_of(name, chunks[0].architecture, parallel.place)
     ]
 
 
@@ -64,10 +64,11 @@ def to_hf(
 
     value: what to take of each parameter, shaped like it (its gradient, for example); the parameter itself by default.
     The tensors may be views of the parameters: copy what must outlive the next update.
-    All ranks of a model must go through the iterator together, to its end: each step is collective.
+    All ranks of a model, and all that share its experts, must go through the iterator together, to its end: each step
+    is collective.
     """
     held = {name: (param if value is None else value(param)).detach() for name, param in _once(chunks, parallel)}
-    architecture, tp = chunks[0].architecture, parallel.layout.tp
+    architecture, place = chunks[0].architecture, parallel.place
     for name, owner, shape, dtype in _owners(held, parallel):
         shard = held.get(name)
         if shard is None:
@@ -75,8 +76,11 @@ def to_hf(
         if parallel.layout.pp > 1:
             shard = shard.contiguous()
             dist.broadcast(shard, src=owner, group=parallel.pp_group)
-        shards = [shard] if is_replicated(name, architecture, tp) else _gather(shard, parallel)
-        yield from _assemble(shards, [boxes_of(name, architecture, tp, rank) for rank in range(len(shards))])
+        if is_replicated(name, architecture, place):
+            yield from _assemble([shard], [boxes_of(name, architecture, place)])
+        else:
+            boxes = [boxes_of(name, architecture, there) for there in place.all_like(name)]
+            yield from _assemble(_gather(name, shard, parallel), boxes)
 
 
 def _once(chunks: list[HiddenStatesModel], parallel: Parallel) -> Iterator[tuple[str, nn.Parameter]]:
@@ -96,10 +100,11 @@ def _owners(held: dict[str, Tensor], parallel: Parallel) -> list[tuple[str, int,
     return [entry for stage in gathered for entry in stage]
 
 
-def _gather(shard: Tensor, parallel: Parallel) -> list[Tensor]:
-    """The shards of all tensor-parallel ranks."""
-    shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(parallel.layout.tp)]
-    dist.all_gather(shards, shard.contiguous(), group=parallel.tp_group)
+def _gather(name: str, shard: Tensor, parallel: Parallel) -> list[Tensor]:
+    """The shards of all ranks over which a parameter is cut."""
+    group = parallel.ep_group if is_expert(name) and parallel.layout.ep > 1 else parallel.tp_group
+    shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, shard.contiguous(), group=group)
     return shards
 
 

@@ -5,7 +5,9 @@ a view of `torch` in which that device is the CPU:
 
     torch.cuda.current_device()                     -> torch.device("cpu")
     torch.cuda.synchronize(), .empty_cache()        -> nothing
+    torch.cuda.Stream, .stream(), .current_stream() -> one that does nothing, whose events have happened
     torch.zeros, ones, empty, full, tensor(device="cuda")  -> on the CPU
+    the sizes of an all-to-all, kept on the GPU     -> already on the CPU
     the CUDA generator's state (kept while activations are recomputed)  -> an empty tensor; nothing here is random
     Tensor.cuda()                                   -> the tensor itself         (on torch.Tensor, for every caller)
     Tensor.type()                                   -> "torch.cuda.FloatTensor"  (on torch.Tensor, for every caller:
@@ -45,12 +47,15 @@ def megatron_on_cpu() -> Iterator[None]:
 
 
 def _replacements(megatron_random: ModuleType) -> list[tuple[Any, str, Any]]:
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
     view = _cpu_view()
     users = [module for name, module in sys.modules.items() if name.split(".")[0] == "megatron"]
     return [
         *((module, "torch", view) for module in users if getattr(module, "torch", None) is torch),
         (megatron_random, "_get_cuda_rng_state", lambda *_, **__: torch.empty(0, dtype=torch.uint8)),
         (megatron_random, "_set_cuda_rng_state", lambda *_, **__: None),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _sizes_on_cpu),
         (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),
         (torch.Tensor, "type", _cuda_type(torch.Tensor.type)),
     ]
@@ -79,13 +84,44 @@ class _View(ModuleType):
         return getattr(self._module, name)
 
 
+class _Stream:
+    """A stream on which everything has happened already; also the context and the events it gives."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, _: _Stream) -> None: ...
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+
 @functools.cache
 def _cpu_view() -> _View:
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
-    cuda = _View(torch.cuda, {"current_device": lambda: CPU, "synchronize": nothing, "empty_cache": nothing})
+    stream = _Stream()
+    cuda = _View(
+        torch.cuda,
+        {
+            "current_device": lambda: CPU,
+            "synchronize": nothing,
+            "empty_cache": nothing,
+            "Stream": lambda *_, **__: stream,
+            "current_stream": lambda *_: stream,
+            "stream": lambda *_: stream,
+        },
+    )
     return _View(torch, {"cuda": cuda, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES}})
+
+
+def _sizes_on_cpu(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+    """Megatron's own leaves a tensor that is on the CPU as it is, where a collective wants numbers."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,17 +31,24 @@ class Layout:
     cp: int = 1
     """Context parallel; not supported yet."""
     ep: int = 1
-    """Expert parallel; not supported yet."""
+    """Expert parallel: a layer's experts are dealt over this many of a stage's ranks, whole. They are the ranks of
+    tensor and data parallelism, so it takes no further ones. At 1, experts are cut over tp as other matrices are."""
 
     @property
     def num_model_ranks(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tp * self.pp
 
+    @property
+    def expert_tp(self) -> int:
+        """Ranks over which one expert's matrices are cut: as vLLM does with its expert parallelism off and on."""
+        return self.tp if self.ep == 1 else 1
+
     def __str__(self) -> str:
         parts = [f"tp={self.tp}", f"pp={self.pp}"]
         parts += [f"vpp={self.vpp}"] if self.vpp > 1 else []
         parts += ["sp=true"] if self.sp else []
+        parts += [f"ep={self.ep}"] if self.ep > 1 else []
         return " ".join(parts)
 
 
@@ -60,14 +68,17 @@ def _problem(layout: Layout, architecture: Architecture, world_size: int) -> str
     for name in ("tp", "pp", "vpp", "cp", "ep"):
         if getattr(layout, name) < 1:
             return f"learner.{name}={getattr(layout, name)}: must be at least 1"
-    return _unsupported(layout) or _misfit(layout, architecture) or _wrong_world(layout, world_size)
+    return (
+        _contradiction(layout)
+        or _misfit(layout, architecture)
+        or _expert_misfit(layout, architecture)
+        or _wrong_world(layout, world_size)
+    )
 
 
-def _unsupported(layout: Layout) -> str | None:
+def _contradiction(layout: Layout) -> str | None:
     if layout.cp > 1:
         return f"learner.cp={layout.cp}: context parallelism is not supported; use 1"
-    if layout.ep > 1:
-        return f"learner.ep={layout.ep}: the model has no experts; use 1"
     if layout.sp and layout.tp == 1:
         return "learner.sp=true: sequence parallelism cuts tokens over tensor-parallel ranks, and learner.tp=1"
     if layout.vpp > 1 and layout.pp == 1:
@@ -81,12 +92,27 @@ def _misfit(layout: Layout, architecture: Architecture) -> str | None:
         return f"learner.tp={tp}: does not divide the model's {heads} attention heads"
     if kv_heads % tp and tp % kv_heads:
         return f"learner.tp={tp}: the model's {kv_heads} key/value heads can be neither cut nor replicated {tp} ways"
-    if architecture.ffn_size % tp:
+    if not architecture.num_experts and architecture.ffn_size % tp:
         return f"learner.tp={tp}: does not divide the model's feed-forward size {architecture.ffn_size}"
     stages = layout.pp * layout.vpp
     if architecture.num_layers % stages:
         name = f"learner.pp={layout.pp}" + (f" x learner.vpp={layout.vpp}" if layout.vpp > 1 else "")
         return f"{name}: does not divide the model's {architecture.num_layers} layers"
+    return None
+
+
+def _expert_misfit(layout: Layout, architecture: Architecture) -> str | None:
+    ep, tp, num_experts = layout.ep, layout.tp, architecture.num_experts
+    if not num_experts:
+        return f"learner.ep={ep}: the model has no experts; use 1" if ep > 1 else None
+    if num_experts % ep:
+        return f"learner.ep={ep}: does not divide the model's {num_experts} experts"
+    if tp > 1 and not layout.sp:
+        return (
+            f"learner.tp={tp}: a model with experts deals tokens to them by sequence parallelism; add learner.sp=true"
+        )
+    if architecture.expert_ffn_size % layout.expert_tp:
+        return f"learner.tp={tp}: does not divide the feed-forward size {architecture.expert_ffn_size} of an expert"
     return None
 
 
@@ -96,6 +122,8 @@ def _wrong_world(layout: Layout, world_size: int) -> str | None:
             f"learner.tp={layout.tp} x learner.pp={layout.pp} = {layout.num_model_ranks} ranks a model: does not "
             f"divide the {world_size} processes of this run"
         )
+    if world_size // layout.pp % layout.ep:
+        return f"learner.ep={layout.ep}: does not divide the {world_size // layout.pp} processes of a pipeline stage"
     return None
 
 
@@ -108,21 +136,21 @@ def _suggest(layout: Layout, architecture: Architecture, world_size: int) -> str
 def _possible(layout: Layout, architecture: Architecture, world_size: int) -> Iterator[Layout]:
     """Every (tp, pp) that works here, with as much of the rest as was asked for."""
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
-    for tp in sizes:
-        for pp in sizes:
-            wanted = replace(layout, tp=tp, pp=pp, sp=layout.sp and tp > 1, cp=1, ep=1)
-            for vpp in (max(1, layout.vpp) if pp > 1 else 1, 1):
-                candidate = replace(wanted, vpp=vpp)
-                if _problem(candidate, architecture, world_size) is None:
-                    yield candidate
-                    break
+    eps = [ep for ep in sizes if architecture.num_experts % ep == 0] if architecture.num_experts else [1]
+    for tp, pp, ep in itertools.product(sizes, sizes, eps if layout.ep > 1 else [1]):
+        sp = tp > 1 and (layout.sp or architecture.num_experts > 0)
+        for vpp in (max(1, layout.vpp) if pp > 1 else 1, 1):
+            candidate = replace(layout, tp=tp, pp=pp, vpp=vpp, sp=sp, cp=1, ep=ep)
+            if _problem(candidate, architecture, world_size) is None:
+                yield candidate
+                break
 
 
 def _distance(wanted: Layout, other: Layout) -> tuple[float, float, int]:
     """Ranks a model first (its memory), then how far each size is from the one asked for, in doublings."""
     return (
         abs(_log2(wanted.num_model_ranks) - _log2(other.num_model_ranks)),
-        abs(_log2(wanted.tp) - _log2(other.tp)) + abs(_log2(wanted.pp) - _log2(other.pp)),
+        sum(abs(_log2(getattr(wanted, name)) - _log2(getattr(other, name))) for name in ("tp", "pp", "ep")),
         -other.tp,
     )
 

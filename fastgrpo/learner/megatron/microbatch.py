@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo.kernels.segment_attention import SegmentPlan
@@ -26,11 +27,17 @@ def prepare(batches: Iterable[PackedBatch], layout: Layout, device: torch.device
     """The batches, ready for a schedule, followed by empty ones where it needs more.
 
     A schedule runs at least one micro-batch, and the interleaved one a multiple of the pipeline's stages. Empty
-    micro-batches score nothing, so data-parallel ranks may hold different numbers of batches, also none.
+    micro-batches score nothing, so data-parallel ranks may hold different numbers of batches, also none. With experts
+    dealt over data-parallel ranks too, all run as many as the one with most: collective over all ranks then.
     """
     listed = list(batches)
     multiple = layout.pp if layout.vpp > 1 else 1
-    missing = max(multiple, -(-len(listed) // multiple) * multiple) - len(listed)
+    count = max(1, len(listed))
+    if layout.ep > 1:
+        most = torch.tensor([count], device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        count = int(most)
+    missing = -(-count // multiple) * multiple - len(listed)
     return [_ready(batch, layout, device) for batch in [*listed, *[empty_batch()] * missing]]
 
 

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
 from fastgrpo.learner.megatron.architecture import Architecture
+from fastgrpo.learner.megatron.experts import Experts, Router
 from fastgrpo.learner.megatron.layout import Layout
 
 
@@ -144,7 +146,7 @@ def build(
             post_process=parallel_state.is_pipeline_last_stage(**place),
             vp_stage=place["vp_stage"],
         )
-        chunks.append(chunk)
+        chunks.append(chunk.to(_device()))  # Megatron makes the routers on the CPU
     return chunks
 
 
@@ -199,7 +201,23 @@ def _transformer_config(
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        **_expert_config(architecture, layout),
     )
+
+
+def _expert_config(architecture: Architecture, layout: Layout) -> dict[str, Any]:
+    if not architecture.num_experts:
+        return {}
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_router_topk": architecture.num_experts_per_token,
+        "moe_ffn_hidden_size": architecture.expert_ffn_size,
+        # Softmax over all experts before the choice, or over the chosen ones: the same as scaling them to sum to 1.
+        "moe_router_pre_softmax": not architecture.norm_expert_weights,
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+    }
 
 
 def _block_spec(
@@ -212,7 +230,11 @@ def _block_spec(
         q_layernorm=RMSNorm if architecture.qk_norm else None,
         k_layernorm=RMSNorm if architecture.qk_norm else None,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if architecture.num_experts:
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=Experts, router=Router))
+    else:
+        dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        mlp = ModuleSpec(module=MLP, submodules=dense)
     layer = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(
@@ -220,7 +242,7 @@ def _block_spec(
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=ModuleSpec(module=MLP, submodules=mlp),
+        mlp=mlp,
         mlp_bda=get_bias_dropout_add,
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)

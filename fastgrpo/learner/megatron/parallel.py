@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from fastgrpo.config import UserError
 from fastgrpo.learner.megatron.layout import Layout
+from fastgrpo.learner.megatron.weight_map import Place
 from fastgrpo.ranks import Ranks
 
 
@@ -27,6 +28,15 @@ class Parallel:
     dp_size: int
     dp_rank: int
     dp_group: Any
+    ep_rank: int
+    ep_group: Any
+    expert_dp_rank: int
+    """Among the ranks that hold the same part of the experts."""
+
+    @property
+    def place(self) -> Place:
+        """Where this rank stands in the cut of a stage's matrices."""
+        return Place(tp=self.layout.tp, tp_rank=self.tp_rank, ep=self.layout.ep, ep_rank=self.ep_rank)
 
     @property
     def ranks(self) -> Ranks:
@@ -67,6 +77,8 @@ def initialize(layout: Layout) -> Parallel:
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.expert_tp,
             create_gloo_process_groups=False,
         )
         # Nothing in these models is random, so no generator is forked per layer.
@@ -75,9 +87,12 @@ def initialize(layout: Layout) -> Parallel:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_expert_model_parallel_world_size(),
     )
-    if made != (layout.tp, layout.pp, layout.vpp):
-        raise ValueError(f"this process already has the layout tp, pp, vpp = {made}; call destroy() before [{layout}]")
+    if made != (layout.tp, layout.pp, layout.vpp, layout.ep):
+        raise ValueError(
+            f"this process already has the layout tp, pp, vpp, ep = {made}; call destroy() before [{layout}]"
+        )
     return Parallel(
         layout=layout,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -87,6 +102,9 @@ def initialize(layout: Layout) -> Parallel:
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_group=parallel_state.get_data_parallel_group(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
 
 

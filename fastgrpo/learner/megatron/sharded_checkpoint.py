@@ -31,7 +31,7 @@ from fastgrpo.learner.megatron import convert
 from fastgrpo.learner.megatron.cpu import megatron_on_cpu
 from fastgrpo.learner.megatron.model import HiddenStatesModel
 from fastgrpo.learner.megatron.parallel import Parallel
-from fastgrpo.learner.megatron.weight_map import HEAD, Box, boxes_of, is_replicated
+from fastgrpo.learner.megatron.weight_map import HEAD, Box, boxes_of, is_expert, is_replicated
 
 if TYPE_CHECKING:
     from fastgrpo.learner.megatron.learner import MegatronLearner
@@ -126,15 +126,15 @@ class _Entry:
 
 
 def _entries(chunks: list[HiddenStatesModel], parallel: Parallel) -> Iterator[_Entry]:
-    architecture, tp = chunks[0].architecture, parallel.layout.tp
+    architecture, place = chunks[0].architecture, parallel.place
     for name, param in convert.parameters(chunks):
         yield _Entry(
             name=name,
             param=param,
-            boxes=boxes_of(name, architecture, tp, parallel.tp_rank),
+            boxes=boxes_of(name, architecture, place),
             pp_replica=int(name == HEAD and architecture.tied),
-            tp_replica=parallel.tp_rank if is_replicated(name, architecture, tp) else 0,
-            dp_replica=parallel.dp_rank,
+            tp_replica=parallel.tp_rank if is_replicated(name, architecture, place) else 0,
+            dp_replica=parallel.expert_dp_rank if is_expert(name) else parallel.dp_rank,
         )
 
 

@@ -4,14 +4,14 @@ A parameter is a column of boxes, one below the other, each whole rows of it. Lo
 `MegatronLearner.weight_slices` all follow this one map, and a rank's fused parameters are in memory what vLLM's are:
 [Q; K; V] of the rank's own heads (qkv_proj) and [gate; up] of its own features (gate_up_proj).
 
-Letters: H hidden, F feed-forward size, A query heads, C key/value heads, D head size, V vocabulary.
+Letters: H hidden, F feed-forward size, A query heads, C key/value heads, D head size, E experts, V vocabulary.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -29,6 +29,25 @@ _WHOLE = {  # in a layer: what every tensor-parallel rank holds the whole of
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank stands among those over which a stage's matrices are cut. Example: Place(tp=2, tp_rank=1)."""
+
+    tp: int = 1
+    tp_rank: int = 0
+    ep: int = 1
+    ep_rank: int = 0
+
+    def all_like(self, name: str) -> list[Place]:
+        """The places of the ranks over which a parameter is cut, in their order; they are one process group.
+
+        Expert parallelism gives each rank whole experts. Without it, experts are cut as other matrices are.
+        """
+        if is_expert(name) and self.ep > 1:
+            return [replace(self, ep_rank=rank) for rank in range(self.ep)]
+        return [replace(self, tp_rank=rank) for rank in range(self.tp)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +77,26 @@ class Box:
 
     def within(self, param: Tensor) -> Tensor:
         """The box as a view of the rank's parameter."""
-        return param[self.row : self.row + self.shape[0]]
+        return _as_rows(param)[self.row : self.row + self.shape[0]]
 
     def padding(self, param: Tensor) -> Tensor:
         """The rows of padding behind it, as a view of the rank's parameter."""
         end = self.row + self.shape[0]
-        return param[end : end + self.num_padding_rows]
+        return _as_rows(param)[end : end + self.num_padding_rows]
 
 
-def boxes_of(name: str, architecture: Architecture, tp: int, tp_rank: int) -> list[Box]:
-    """What a parameter holds on one tensor-parallel rank, by its Megatron name with layers numbered over the model."""
+def _as_rows(param: Tensor) -> Tensor:
+    """Stacked experts (E, rows, columns) as rows of one matrix."""
+    return param.flatten(0, 1) if param.ndim == 3 else param
+
+
+def is_expert(name: str) -> bool:
+    return ".mlp.experts." in name
+
+
+def boxes_of(name: str, architecture: Architecture, place: Place) -> list[Box]:
+    """What a parameter holds on one rank, by its Megatron name with layers numbered over the model."""
+    tp, tp_rank = place.tp, place.tp_rank
     hidden, ffn = architecture.hidden_size, architecture.ffn_size
     if name == FINAL_NORM:
         return [_whole("model.norm.weight", hidden)]
@@ -85,6 +114,11 @@ def boxes_of(name: str, architecture: Architecture, tp: int, tp_rank: int) -> li
         return [_rows(name, ffn, hidden, tp, tp_rank, row=i * ffn // tp) for i, name in enumerate(names)]
     if part == "mlp.linear_fc2.weight":
         return [_columns(f"{prefix}mlp.down_proj.weight", hidden, ffn, tp, tp_rank)]
+    if part == "mlp.router.weight":
+        shape = (architecture.num_experts, hidden)
+        return [Box(name=f"{prefix}mlp.gate.weight", full_shape=shape, start=(0, 0), shape=shape)]
+    if is_expert(name):
+        return _experts(prefix, part, architecture, place)
     assert part in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"), name
     kind = part.rsplit(".", 1)[1]
     return [
@@ -99,9 +133,10 @@ def boxes_of(name: str, architecture: Architecture, tp: int, tp_rank: int) -> li
     ]
 
 
-def is_replicated(name: str, architecture: Architecture, tp: int) -> bool:
+def is_replicated(name: str, architecture: Architecture, place: Place) -> bool:
     """Whether every tensor-parallel rank holds the whole parameter."""
-    return boxes_of(name, architecture, tp, 0) == boxes_of(name, architecture, tp, tp - 1)
+    places = place.all_like(name)
+    return boxes_of(name, architecture, places[0]) == boxes_of(name, architecture, places[-1])
 
 
 def qkv_rows(architecture: Architecture, tp: int, tp_rank: int) -> Iterator[tuple[int, int, int, int, int]]:
@@ -138,6 +173,23 @@ def _rows(name: str, rows: int, columns: int, tp: int, tp_rank: int, *, row: int
 def _columns(name: str, rows: int, columns: int, tp: int, tp_rank: int) -> Box:
     size = columns // tp
     return Box(name=name, full_shape=(rows, columns), start=(0, tp_rank * size), shape=(rows, size))
+
+
+def _experts(prefix: str, part: str, architecture: Architecture, place: Place) -> list[Box]:
+    """(E / ep, 2F, H) gates and ups, or (E / ep, H, F) downs, with F cut over tp where ep is 1: vLLM's w13 and w2."""
+    hidden, ffn = architecture.hidden_size, architecture.expert_ffn_size
+    tp, tp_rank = (place.tp, place.tp_rank) if place.ep == 1 else (1, 0)
+    num_local = architecture.num_experts // place.ep
+    boxes = []
+    for local in range(num_local):
+        name = f"{prefix}mlp.experts.{place.ep_rank * num_local + local}"
+        if part == "mlp.experts.down_proj":
+            boxes.append(replace(_columns(f"{name}.down_proj.weight", hidden, ffn, tp, tp_rank), row=local * hidden))
+            continue
+        for i, kind in enumerate(("gate_proj", "up_proj")):
+            row = (2 * local + i) * ffn // tp
+            boxes.append(_rows(f"{name}.{kind}.weight", ffn, hidden, tp, tp_rank, row=row))
+    return boxes
 
 
 def _vocabulary(name: str, architecture: Architecture, tp: int, tp_rank: int) -> Box:

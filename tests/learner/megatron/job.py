@@ -83,23 +83,27 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
 
 
 def slices_cover_once(learner: MegatronLearner, held: list[WeightSlice]) -> list[str]:
-    """Tensors whose entries a copy of the model does not hold exactly once (once a rank where tp ranks replicate)."""
+    """The tensors whose entries the job does not hold exactly once for each copy: data-parallel ones, and those of
+    what tensor-parallel ranks replicate."""
     mine = [(s.name, s.full_shape, s.start, tuple(s.tensor.shape)) for s in held]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (learner.parallel.dp_rank, mine))
-    holders = Counter(box for dp_rank, boxes in everyone if dp_rank == learner.parallel.dp_rank for box in boxes)
+    dist.all_gather_object(everyone, mine)
+    holders = Counter(box for boxes in everyone for box in boxes)
     counts: dict[str, torch.Tensor] = {}
     for name, full_shape, start, shape in holders:
         box = tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))
         counts.setdefault(name, torch.zeros(full_shape, dtype=torch.int))[box] += 1
     wrong = [f"{name} is not covered exactly once" for name, count in counts.items() if not (count == 1).all()]
-    wrong += [
-        f"{box} is held by {times} ranks"
-        for box, times in holders.items()
-        if times != (learner.parallel.layout.tp if box[3] == box[1] else 1)
-    ]
+    wrong += [f"{box} has {times} holders" for box, times in holders.items() if times != num_copies(learner, *box)]
     missing = {name for name, _ in learner.named_weights()} ^ counts.keys()
     return wrong + [f"{name} is named by one side only" for name in sorted(missing)]
+
+
+def num_copies(learner: MegatronLearner, name: str, full_shape: tuple, start: tuple, shape: tuple) -> int:
+    layout, dp = learner.parallel.layout, learner.parallel.dp_size
+    if ".experts." in name:
+        return layout.tp * dp // (layout.ep * layout.expert_tp)
+    return dp * (layout.tp if shape == full_shape else 1)
 
 
 def slices_differ(held: list[WeightSlice], full: Callable[[str], torch.Tensor]) -> list[str]:

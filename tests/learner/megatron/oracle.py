@@ -9,6 +9,7 @@ import torch
 from job import by_token
 
 from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.models.storage import as_saved
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -23,13 +24,18 @@ def largest_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     return max((error(actual[name], expected[name]), name) for name in expected)
 
 
+def in_checkpoint(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under the names of a checkpoint, where experts are not stacked."""
+    return {name: part for key, tensor in tensors.items() for name, part in as_saved(key, tensor)}
+
+
 def torch_result(name: str) -> dict[str, Any]:
     """The same keys as a case of job.py."""
     model, reference = scenario.model_of(name), scenario.model_of(name)
     learner = TorchLearner(model, scenario.TRAIN, num_updates=scenario.NUM_STEPS + 1, reference=reference)
     batches = scenario.with_logprobs(scenario.batches_of(True), learner)
     result: dict[str, Any] = {
-        "names": [name for name, _ in learner.named_weights()],
+        "names": list(in_checkpoint(dict(learner.named_weights()))),
         "logprobs": by_token(batches, [learner.logprobs(batch, temperature=0.7) for batch in batches]),
     }
     gradients: dict[str, torch.Tensor] = {}
@@ -40,10 +46,10 @@ def torch_result(name: str) -> dict[str, Any]:
     result["steps"] = [vars(learner.update(batches, scenario.OBJECTIVE))]
     for handle in handles:
         handle.remove()
-    result["gradients"] = gradients
+    result["gradients"] = in_checkpoint(gradients)
     learner.move_reference(0.5)
     result["steps"] += [vars(learner.update(batches, scenario.OBJECTIVE)) for _ in range(scenario.NUM_STEPS - 1)]
-    result["weights"] = {name: tensor.detach().clone() for name, tensor in learner.named_weights()}
+    result["weights"] = in_checkpoint({name: tensor.detach().clone() for name, tensor in learner.named_weights()})
     after = [learner.logprobs(batch, temperature=1.0, reference=True) for batch in batches]
     result["reference"] = by_token(batches, after)
     return result

@@ -56,6 +56,7 @@ class Case:
 CASES = (
     Case(processes=1, layout=Layout()),
     Case(processes=1, layout=Layout(), model="llama-yarn"),
+    Case(processes=1, layout=Layout(), model="qwen3_moe-unscaled"),
     Case(processes=2, layout=Layout(tp=2)),
     Case(processes=2, layout=Layout(tp=2), model="qwen2-tied"),
     Case(processes=2, layout=Layout(tp=2), model="llama"),
@@ -66,6 +67,8 @@ CASES = (
     Case(processes=2, layout=Layout(pp=2), model="llama", recompute=True),
     Case(processes=2, layout=Layout(pp=2, vpp=2)),
     Case(processes=2, layout=Layout()),
+    Case(processes=2, layout=Layout(ep=2), model="qwen3_moe"),
+    Case(processes=2, layout=Layout(tp=2, sp=True, ep=2), model="qwen3_moe", share_prompts=False),
     Case(processes=4, layout=Layout(tp=2, pp=2)),
     Case(processes=4, layout=Layout(tp=2, pp=2), model="qwen2-tied"),
     Case(processes=4, layout=Layout(tp=2, pp=2, sp=True)),
@@ -75,6 +78,9 @@ CASES = (
     Case(processes=4, layout=Layout(tp=4)),
     Case(processes=4, layout=Layout(pp=2), model="qwen2-tied"),
     Case(processes=4, layout=Layout(pp=2), distributed_optimizer=False),
+    Case(processes=4, layout=Layout(tp=2, sp=True, ep=2), model="qwen3_moe"),
+    Case(processes=4, layout=Layout(pp=2, ep=2), model="qwen3_moe", recompute=True),
+    Case(processes=4, layout=Layout(tp=2, pp=2, sp=True), model="qwen3_moe-tied"),
 )
 # Each loads what the one before has saved; the last is the first again.
 RESHARDED_MODEL = "qwen2-tied"
@@ -89,7 +95,8 @@ RESHARDED = (
 
 
 def model_of(name: str) -> nn.Module:
-    """A float32 model with 4 layers, 4 query and 2 key/value heads, and logits that are far from flat."""
+    """A float32 model with 4 layers (2 where they have 8 experts, 2 a token), 4 query and 2 key/value heads, and logits
+    that are far from flat."""
     kind, _, variant = name.partition("-")
     shape: dict = {
         "vocab_size": VOCAB,
@@ -104,6 +111,10 @@ def model_of(name: str) -> nn.Module:
     }
     if kind == "qwen3":
         shape["head_dim"] = 32
+    if kind == "qwen3_moe":
+        shape |= {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        shape["num_hidden_layers"] = 2
+        shape["norm_topk_prob"] = variant != "unscaled"
     if variant == "yarn":
         shape["rope_parameters"] = {
             "rope_type": "yarn",
@@ -114,6 +125,7 @@ def model_of(name: str) -> nn.Module:
     config_type, model_type = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     }[kind]
     torch.manual_seed(0)

@@ -33,6 +33,16 @@ def test_a_sharded_directory_is_read_through_its_index(tmp_path):
     assert from_directory(tmp_path)("model.norm.weight").shape == (8,)
 
 
+def test_experts_may_be_stacked_or_apart(tmp_path):
+    stem = "model.layers.0.mlp.experts"
+    gate_up, down = torch.randn(2, 6, 4), torch.randn(2, 4, 3)
+    save_file({f"{stem}.gate_up_proj": gate_up, f"{stem}.down_proj": down}, tmp_path / "model.safetensors")
+    read = from_directory(tmp_path)
+    assert torch.equal(read(f"{stem}.1.gate_proj.weight"), gate_up[1, :3])
+    assert torch.equal(read(f"{stem}.1.up_proj.weight"), gate_up[1, 3:])
+    assert torch.equal(read(f"{stem}.0.down_proj.weight"), down[0])
+
+
 def test_a_directory_without_safetensors_is_refused(tmp_path):
     with pytest.raises(UserError, match="learner=megatron reads safetensors from a local directory"):
         from_directory(tmp_path)
@@ -45,7 +55,8 @@ def test_tensors_in_memory():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (transformers.GPT2Config(), "model type 'gpt2' is not supported; use one of llama, qwen2, qwen3"),
+        (transformers.GPT2Config(), "model type 'gpt2' is not supported; use one of llama, qwen2, qwen3, qwen3_moe"),
+        (transformers.Qwen3MoeConfig(**TINY, mlp_only_layers=[0]), "a model with experts in some layers only"),
         (transformers.LlamaConfig(**TINY, attention_bias=True), "a model with attention_bias=true is not supported"),
         (transformers.LlamaConfig(**TINY, mlp_bias=True), "a model with mlp_bias=true is not supported"),
         (transformers.Qwen2Config(**TINY, hidden_act="gelu"), "hidden_act='gelu' is not supported"),

@@ -1,5 +1,7 @@
 """Which layouts are possible: arithmetic alone, so every refusal comes before a model is loaded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,6 +24,18 @@ QWEN3_06B = Architecture(
     qkv_bias=False,
     qk_norm=True,
     inv_freq=torch.zeros(64),
+)
+
+QWEN3_30B_A3B = replace(
+    QWEN3_06B,
+    model_type="qwen3_moe",
+    num_layers=48,
+    hidden_size=2048,
+    num_heads=32,
+    num_kv_heads=4,
+    num_experts=128,
+    num_experts_per_token=8,
+    expert_ffn_size=768,
 )
 
 
@@ -102,6 +116,56 @@ def test_impossible_layouts_name_the_key_the_reason_and_the_nearest(layout, worl
     with pytest.raises(UserError) as error:
         data_parallel_size(layout, QWEN3_06B, world_size)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "data_parallel"),
+    [
+        (Layout(), 2, 2),
+        (Layout(tp=4, sp=True), 8, 2),  # every expert's matrices cut 4 ways
+        (Layout(ep=8), 8, 8),
+        (Layout(tp=4, sp=True, ep=8), 8, 2),  # whole experts, 16 on each of the 8 ranks
+        (Layout(tp=2, sp=True, pp=2, ep=2), 8, 2),
+    ],
+)
+def test_possible_layouts_of_a_mixture_of_experts(layout, world_size, data_parallel):
+    assert data_parallel_size(layout, QWEN3_30B_A3B, world_size) == data_parallel
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "message"),
+    [
+        (
+            Layout(ep=3),
+            6,
+            "learner.ep=3: does not divide the model's 128 experts; "
+            "possible with 6 processes: [tp=1 pp=1 ep=2], [tp=1 pp=1], [tp=2 pp=1 sp=true ep=2]",
+        ),
+        (
+            Layout(pp=2, ep=4),
+            4,
+            "learner.ep=4: does not divide the 2 processes of a pipeline stage; "
+            "possible with 4 processes: [tp=1 pp=2 ep=2], [tp=2 pp=1 sp=true ep=4], [tp=1 pp=2]",
+        ),
+        (
+            Layout(tp=2, ep=2),
+            2,
+            "learner.tp=2: a model with experts deals tokens to them by sequence parallelism; add learner.sp=true; "
+            "possible with 2 processes: [tp=2 pp=1 sp=true ep=2], [tp=2 pp=1 sp=true], [tp=1 pp=2]",
+        ),
+    ],
+)
+def test_impossible_layouts_of_a_mixture_of_experts(layout, world_size, message):
+    with pytest.raises(UserError) as error:
+        data_parallel_size(layout, QWEN3_30B_A3B, world_size)
+    assert str(error.value) == message
+
+
+def test_experts_too_narrow_to_be_cut_can_be_dealt_whole():
+    narrow = replace(QWEN3_30B_A3B, expert_ffn_size=2)
+    assert data_parallel_size(Layout(tp=4, sp=True, ep=4), narrow, 4) == 1
+    with pytest.raises(UserError, match="tp=4: does not divide the feed-forward size 2 of an expert"):
+        data_parallel_size(Layout(tp=4, sp=True), narrow, 4)
 
 
 def test_key_value_heads_that_can_be_neither_cut_nor_replicated():
