@@ -25,7 +25,7 @@ from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
 from fastgrpo.ranks import Ranks, started_by_torchrun
 from fastgrpo.rewards.scoring import Rewards
-from fastgrpo.sampler.torch_sampler import TorchSampler
+from fastgrpo.samplers import make_exchange, make_sampler
 from fastgrpo.trainer import Run
 from fastgrpo.types import LogprobContract, SamplingParams
 from fastgrpo.warm_start import cached_path, store, warm_start
@@ -146,7 +146,8 @@ def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notif
 def make_learner(
     config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, notify: Callable[[str], None]
 ) -> tuple[Learner, CausalLM, Adapters | None]:
-    """The learner, the Hugging Face model to sample from (the learner's own, or a copy of it), and its adapters.
+    """The learner, the policy as a Hugging Face model (the learner's own, a copy to sample from, or a skeleton where
+    neither needs one), and its adapters.
 
     Raises UserError for what is wrong with the model or the layout.
     """
@@ -170,7 +171,7 @@ def make_learner(
     if config.model.path is None and ranks.is_main:
         load_model(config, tokenizer, prompts, notify)  # leaves the warm-started model in the cache, for all ranks
     ranks.barrier()
-    path = config.model.path or str(cached_path(config, ALPHABET))
+    path = model_directory(config)
     device, dtype = device_of(config)
     megatron = MegatronLearner.from_pretrained(
         path,
@@ -181,7 +182,14 @@ def make_learner(
         dtype=dtype,
         recompute=learner.gradient_checkpointing,
     )
-    return megatron, hf.load_model(path, device=device, dtype=dtype), None
+    if config.sampler.kind == "torch":
+        return megatron, hf.load_model(path, device=device, dtype=dtype), None
+    return megatron, hf.load_skeleton(path, dtype=dtype), None
+
+
+def model_directory(config: Config) -> str:
+    """Where the policy's configuration and first weights are."""
+    return config.model.path or str(cached_path(config, ALPHABET))
 
 
 @contextmanager
@@ -225,7 +233,10 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
                 notify=console.message,
             )
             stack.enter_context(log)
-        sampler = TorchSampler(model, max_sequences=config.sampler.max_sequences) if learner.ranks.leads else None
+        sampler, sampling_ranks = make_sampler(config, learner, model, prompts, console.message)
+        if sampler is not None:
+            stack.callback(sampler.close)
+        exchange = make_exchange(config, learner, sampler, prompts)
         sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))
         assert contract is not None  # the main rank samples
@@ -243,15 +254,29 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             learner=learner,
             sampler=sampler,
-            rewards=rewards if learner.ranks.leads else None,
+            sampling_ranks=sampling_ranks,
+            exchange=exchange,
+            rewards=rewards if sampling_ranks.leads else None,
             log=log,
             console=console,
             ledger=ledger,
             checkpoints=checkpoints,
             step=state["step"],
             num_nonfinite=state["num_nonfinite"],
-            export=lambda path: hf.save_pretrained(adapters or model, tokenizer, path),
+            export=lambda path: export(path, learner, adapters or model, tokenizer),
         )
+
+
+def export(path: Path, learner: Learner, model: CausalLM | Adapters, tokenizer: Any) -> None:
+    """Write the policy as a Hugging Face directory; every rank calls it, because the weights may be on all of them."""
+    if isinstance(model, Adapters) or model.device.type != "meta":
+        if learner.ranks.is_main:
+            hf.save_pretrained(model, tokenizer, path)
+        return
+    weights = learner.named_weights()  # all ranks go through it together, and the main one keeps them
+    kept = [(name, tensor.cpu().clone()) for name, tensor in weights if learner.ranks.is_main]
+    if learner.ranks.is_main:
+        hf.save_pretrained(hf.filled(model, kept), tokenizer, path)
 
 
 def _fresh_start(config: Config, run_dir: Path) -> int | None:

@@ -45,10 +45,10 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
                 (run_dir / "config.yaml").write_text(text, encoding="utf-8")
             with StopRequest(parts.console.message) as stop:
                 train(parts, stop)
-            if not ranks.is_main:
-                return stop.signum
             if stop.signum is None and config.checkpoint.export:
                 parts.export(run_dir / "hf")
+            if not ranks.is_main:
+                return stop.signum
             page = write_report(run_dir)
         except (OSError, SafetensorError) as error:
             raise UserError(

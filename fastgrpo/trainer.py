@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo import stats, weights
+from fastgrpo import stats
 from fastgrpo.algorithms.advantages import compare, is_constant, soften_overlong, token_advantages
 from fastgrpo.algorithms.aggregation import token_weights
 from fastgrpo.algorithms.importance import importance_weights
@@ -24,11 +24,13 @@ from fastgrpo.evaluate import samples_of, summarize
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.metrics import Ledger, MetricsLog, Sample
+from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.seeding import derive_seed
 from fastgrpo.signals import StopRequest
-from fastgrpo.types import LogprobContract, PackedBatch, Prompt, SamplingParams, ScoredGroup, StepResult
+from fastgrpo.types import LogprobContract, PackedBatch, Prompt, RolloutGroup, SamplingParams, ScoredGroup, StepResult
+from fastgrpo.weights import Exchange
 
 NUM_SHOWN_GROUPS = 2
 
@@ -48,8 +50,12 @@ class Run:
     decode: Callable[[Tensor], str]
     learner: Learner
     sampler: Sampler | None
-    """None on ranks that do not sample, and so are the rewards."""
+    """None on ranks that do not sample."""
+    sampling_ranks: Ranks
+    """Where this process stands among those that sample; its data ranks each draw their share of a step."""
+    exchange: Exchange
     rewards: Rewards | None
+    """None but on the leaders among sampling_ranks."""
     log: MetricsLog | None
     """None but on the main rank."""
     console: Console
@@ -66,7 +72,7 @@ class Run:
 def train(run: Run, stop: StopRequest) -> None:
     """Train from run.step on to the configured number of steps, or until asked to stop; then everything is saved."""
     config = run.config
-    weights.share(run.learner, run.sampler)
+    run.exchange.share()
     if run.step == 0:
         record(run, evaluate_if_due(run), last=False)
     stopping = stop.asked(run.learner.ranks)
@@ -77,7 +83,7 @@ def train(run: Run, stop: StopRequest) -> None:
         row |= improve(run, groups)  # mu passes of clipped updates
         run.learner.move_reference(policy_share(config.algorithm.reference, run.step))
         with run.ledger("share"):
-            weights.share(run.learner, run.sampler)
+            run.exchange.share()
         row |= evaluate_if_due(run)
         show(run, [s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.decode, run.step, "train")])
         # Asked once: the step that ends the loop is the one that is saved.
@@ -110,13 +116,15 @@ def sample_and_score(
 
     Each data rank does its share; a group stays whole, so nothing that compares siblings needs another rank.
     """
-    ranks = run.learner.ranks
+    ranks = run.sampling_ranks
     mine = range(ranks.data_rank, len(prompts), ranks.num_data_ranks)
     scored: list[tuple[int, ScoredGroup]] = []
     failures: Counter[str] = Counter()
-    if run.sampler is not None and run.rewards is not None:
+    drawn: list[RolloutGroup] = []
+    if run.sampler is not None:
         with run.ledger("generate"):
             drawn = run.sampler.generate([prompts[i] for i in mine], num_samples, params, seed)
+    if run.rewards is not None:
         with run.ledger("reward"):
             result = run.rewards.score(drawn, run.decode)
         place = {id(group): i for i, group in zip(mine, drawn, strict=True)}

@@ -41,7 +41,8 @@ def _choices(config: Config) -> None:
     _one_of("algorithm.reference.schedule", algorithm.reference.schedule, ("fixed", "refresh", "ema"))
     _one_of("train.lr_schedule", config.train.lr_schedule, ("constant", "linear", "cosine"))
     _one_of("learner.kind", config.learner.kind, ("torch", "megatron"))
-    _one_of("sampler.kind", config.sampler.kind, ("torch",))
+    _one_of("sampler.kind", config.sampler.kind, ("torch", "vllm"))
+    _one_of("sampler.proof", config.sampler.proof, ("sampled", "full"))
     _one_of("cluster.dtype", config.cluster.dtype, ("auto", "float32", "bfloat16"))
     _one_of("run.console", config.run.console, ("auto", "live", "plain", "none"))
     if config.cluster.device not in ("auto", "cpu", "cuda") and not config.cluster.device.startswith("cuda:"):
@@ -71,6 +72,9 @@ _AT_LEAST: dict[str, float] = {
     "train.max_nonfinite_updates": 1,
     "learner.max_tokens_per_microbatch": 1,
     "sampler.max_sequences": 1,
+    "sampler.tp": 1,
+    "sampler.max_restarts": 0,
+    "sampler.bucket_mb": 1,
     "data.eval_size": 0,
     "eval.every": 0,
     "eval.num_samples": 1,
@@ -167,6 +171,7 @@ def _combinations(config: Config) -> None:
         )
     _layout(config)
     _lora(config)
+    _sampler(config)
     if config.model.path == "":
         refuse("model.path", '""', "model=hf needs a Hugging Face directory or hub name; add model.path=...")
     if config.model.path is None and config.data.source != "arithmetic":
@@ -203,6 +208,21 @@ def _lora(config: Config) -> None:
             reference.schedule,
             "with model.lora the frozen model is the reference and cannot move; use fixed",
         )
+
+
+def _sampler(config: Config) -> None:
+    sampler, num_ranks = config.sampler, int(os.environ.get("WORLD_SIZE", "1"))
+    if sampler.kind == "torch" and sampler.tp != 1:
+        refuse("sampler.tp", sampler.tp, "sampler=torch is one model on one device; use sampler=vllm")
+    if num_ranks % sampler.tp:
+        refuse(
+            "sampler.tp", sampler.tp, f"it does not divide the job's {num_ranks} processes; start others with torchrun"
+        )
+    share = sampler.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        refuse("sampler.gpu_memory_utilization", share, "use a share above 0 and at most 1, or null")
+    if sampler.kind == "vllm" and config.model.lora.enabled:
+        refuse("sampler", "vllm", "it samples from the base without model.lora's adapters; use sampler=torch")
 
 
 def _places(config: Config) -> None:

@@ -1,19 +1,395 @@
-"""The policy's weights between learner and sampler."""
+"""The policy's weights between a learner and a sampler.
+
+Both describe what they hold as slices of checkpoint tensors. An Exchange compares the two once: what is the same memory
+needs nothing, ever; the rest is copied on the rank or moved between ranks, in buckets of bounded size, whenever the
+weights are shared. Each time it proves the result: addresses, a checksum for every piece, and the logprobs of a canary.
+Memory beside the weights: what a rank sends and what it receives of one bucket.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgrpo.checksum import checksum
+from fastgrpo.data import packing
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.sampler.protocol import Sampler
+from fastgrpo.types import WeightSlice
+
+ALIGNMENT = 16
+CANARY_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.1}
+"""How far the two sides' logprobs may be apart, where nothing else is configured."""
 
 
-def share(learner: Learner, sampler: Sampler | None) -> None:
-    """Let the sampler see the learner's newest weights; every rank calls it, also one that does not sample.
+class WeightsError(RuntimeError):
+    """Learner and sampler do not hold the same policy; the message names the tensor."""
 
-    A sampler on the learner's own tensors needs nothing moved. Any other takes them one whole tensor at a time.
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A slice as other ranks see it: without its memory, but with the address."""
+
+    rank: int
+    index: int
+    """Of the slice among its rank's."""
+    name: str
+    full_shape: tuple[int, ...]
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    address: int
+    strides: tuple[int, ...]
+
+    @property
+    def box(self) -> tuple[Any, ...]:
+        return self.name, self.start, self.shape
+
+    def is_memory_of(self, other: Held) -> bool:
+        """Whether the two are the same numbers in the same place."""
+        same_place = (self.rank, self.address, self.strides) == (other.rank, other.address, other.strides)
+        return same_place and self.box == other.box and self.dtype == other.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one learner's slice gives one sampler's: a box, in the checkpoint tensor's own coordinates."""
+
+    source: Held
+    target: Held
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        size = self.target.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+    def of(self, held: Held, tensor: Tensor) -> Tensor:
+        """The piece's view of a slice's tensor."""
+        for dim, (begin, first, length) in enumerate(zip(self.start, held.start, self.shape, strict=True)):
+            tensor = tensor.narrow(dim, begin - first, length)
+        return tensor
+
+    def split(self, limit: int) -> list[Piece]:
+        """The same in parts of at most `limit` bytes, cut between rows; one row is never cut."""
+        if self.num_bytes <= limit or self.shape[0] == 1:
+            return [self]
+        row = -(-self.num_bytes // self.shape[0])
+        rows = max(1, limit // row)
+        return [
+            replace(
+                self,
+                start=(self.start[0] + first, *self.start[1:]),
+                shape=(min(rows, self.shape[0] - first), *self.shape[1:]),
+            )
+            for first in range(0, self.shape[0], rows)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How every sampler's slice comes by its weights. The same on every rank."""
+
+    shared: tuple[Held, ...]
+    """Sampler's slices that are learner's memory."""
+    copied: tuple[Piece, ...]
+    """Pieces whose source and target are on one rank."""
+    buckets: tuple[tuple[Piece, ...], ...]
+    """Pieces between ranks."""
+
+    def lines(self, rank: int) -> list[str]:
+        """What a rank's sampler shares, copies and receives, for people."""
+
+        def total(helds: Sequence[Held | Piece]) -> str:
+            size = sum(h.dtype.itemsize * _volume(h.shape) if isinstance(h, Held) else h.num_bytes for h in helds)
+            return f"{size / 1e6:.1f} MB"
+
+        shared = [held for held in self.shared if held.rank == rank]
+        copied = [piece for piece in self.copied if piece.target.rank == rank]
+        moved = [p for bucket in self.buckets for p in bucket if p.target.rank == rank]
+        parts = [f"{total(shared)} shared"]
+        parts += [f"{total(copied)} copied"] if copied else []
+        parts += [f"{total(moved)} from other ranks in {len(self.buckets)} buckets"] if moved else []
+        return parts
+
+
+def _volume(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+# --- planning -------------------------------------------------------------------------------------------------------
+
+
+def describe(slices: Sequence[WeightSlice], rank: int) -> list[Held]:
+    """What other ranks need to know of this rank's slices."""
+    return [
+        Held(
+            rank=rank,
+            index=index,
+            name=s.name,
+            full_shape=s.full_shape,
+            start=s.start,
+            shape=tuple(s.tensor.shape),
+            dtype=s.tensor.dtype,
+            address=s.tensor.data_ptr(),
+            strides=s.tensor.stride(),
+        )
+        for index, s in enumerate(slices)
+    ]
+
+
+def make_plan(learners: Sequence[Held], samplers: Sequence[Held], bucket_bytes: int) -> Plan:
+    """Find a source for everything that the samplers hold: the same memory, else the same rank, else the rank that has
+    sent the least so far. Raises WeightsError where the learners do not hold all of a tensor."""
+    by_name: dict[str, list[Held]] = {}
+    for held in learners:
+        by_name.setdefault(held.name, []).append(held)
+    sent: dict[int, int] = {}
+    shared, pieces = [], []
+    for target in samplers:
+        sources = by_name.get(target.name, [])
+        if any(source.is_memory_of(target) for source in sources):
+            shared.append(target)
+            continue
+        found = list(_cover(target, sources, sent))
+        covered = sum(_volume(piece.shape) for piece in found)
+        if covered != _volume(target.shape):
+            raise WeightsError(
+                f"{target.name}: the learner holds {covered} of the {_volume(target.shape)} elements that rank "
+                f"{target.rank}'s sampler needs of it"
+            )
+        pieces += found
+    copied = [piece for piece in pieces if piece.source.rank == piece.target.rank]
+    moved = [p for piece in pieces if piece.source.rank != piece.target.rank for p in piece.split(bucket_bytes)]
+    return Plan(shared=tuple(shared), copied=tuple(copied), buckets=tuple(_fill_buckets(moved, bucket_bytes)))
+
+
+def _cover(target: Held, sources: Sequence[Held], sent: dict[int, int]):
+    """Pieces of the learners' boxes that intersect the target's, each from one of the ranks that hold the box."""
+    boxes: dict[tuple[Any, ...], list[Held]] = {}
+    for source in sources:
+        if source.full_shape != target.full_shape:
+            raise WeightsError(
+                f"{target.name}: {source.full_shape} in the learner and {target.full_shape} in the sampler"
+            )
+        boxes.setdefault(source.box, []).append(source)
+    for holders in boxes.values():
+        first = holders[0]
+        start = tuple(map(max, first.start, target.start))
+        ends = (
+            min(a + n, b + m) for a, n, b, m in zip(first.start, first.shape, target.start, target.shape, strict=True)
+        )
+        shape = tuple(end - begin for begin, end in zip(start, ends, strict=True))
+        if min(shape) <= 0:
+            continue
+        source = min(holders, key=lambda held: (held.rank != target.rank, sent.get(held.rank, 0), held.rank))
+        piece = Piece(source=source, target=target, start=start, shape=shape)
+        if source.rank != target.rank:
+            sent[source.rank] = sent.get(source.rank, 0) + piece.num_bytes
+        yield piece
+
+
+def _fill_buckets(pieces: Sequence[Piece], limit: int):
+    """Consecutive pieces, so many that no rank sends or receives more than the limit (or one row, if that is more)."""
+    bucket: list[Piece] = []
+    load: dict[tuple[str, int], int] = {}
+    for piece in pieces:
+        keys = ("send", piece.source.rank), ("receive", piece.target.rank)
+        if bucket and any(load.get(key, 0) + piece.num_bytes > limit for key in keys):
+            yield tuple(bucket)
+            bucket, load = [], {}
+        bucket.append(piece)
+        for key in keys:
+            load[key] = load.get(key, 0) + piece.num_bytes
+    if bucket:
+        yield tuple(bucket)
+
+
+# --- the exchange ---------------------------------------------------------------------------------------------------
+
+
+class Exchange:
+    """Keeps a sampler on the learner's newest weights; every rank of the job makes one and calls it together.
+
+    sampler: None on a rank that does not sample. canary: (P,) token ids that both sides score whenever the weights are
+    shared, or None where the sampler computes with the learner's own model. full_proof: checksums over every element
+    instead of a sample that changes with every step.
     """
-    if not learner.weights_are_shared:
-        for name, tensor in learner.named_weights():
-            if sampler is not None:
-                sampler.load_weight(name, tensor)
-    if sampler is not None:
-        sampler.policy_version = learner.policy_version
+
+    def __init__(
+        self,
+        learner: Learner,
+        sampler: Sampler | None,
+        *,
+        bucket_bytes: int,
+        canary: Tensor | None = None,
+        canary_tolerance: float | None = None,
+        full_proof: bool = False,
+    ) -> None:
+        self.learner, self.sampler = learner, sampler
+        self.bucket_bytes, self.full_proof = bucket_bytes, full_proof
+        self.canary, self.canary_tolerance = canary, canary_tolerance
+        self.rank, self.num_ranks = learner.ranks.rank, learner.ranks.num_ranks
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Plan anew; after either side got other memory."""
+        self.sources = self.learner.weight_slices()
+        self.targets = self.sampler.weight_slices() if self.sampler is not None else []
+        mine = describe(self.sources, self.rank), describe(self.targets, self.rank)
+        everyone = _all_gather(mine, self.num_ranks)
+        learners = [held for part, _ in everyone for held in part]
+        samplers = [held for _, part in everyone for held in part]
+        self.plan = make_plan(learners, samplers, self.bucket_bytes)
+        self.addresses = [[held.address for held in part] for part in mine]
+
+    def share(self) -> None:
+        """Let the sampler see the learner's newest weights, and prove that it does. Raises WeightsError."""
+        self.move()
+        if self.sampler is not None:
+            self.sampler.policy_version = self.learner.policy_version
+        self.prove()
+
+    def restore(self) -> None:
+        """The same for a sampler whose engine was rebuilt, but for the canary, which would ask that engine."""
+        self.prepare()
+        self.move()
+        self._refuse([self._differing_checksum()])
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Bring what is not shared to where it belongs."""
+        for piece in self.plan.copied:
+            if piece.source.rank == self.rank:
+                self._target(piece).copy_(self._source(piece))
+        for bucket in self.plan.buckets:
+            self._exchange(bucket)
+
+    def _source(self, piece: Piece) -> Tensor:
+        return piece.of(piece.source, self.sources[piece.source.index].tensor)
+
+    def _target(self, piece: Piece) -> Tensor:
+        return piece.of(piece.target, self.targets[piece.target.index].tensor)
+
+    def _exchange(self, bucket: Sequence[Piece]) -> None:
+        outgoing = sorted((p for p in bucket if p.source.rank == self.rank), key=lambda p: p.target.rank)
+        incoming = sorted((p for p in bucket if p.target.rank == self.rank), key=lambda p: p.source.rank)
+        send, send_sizes = self._buffer(outgoing, [p.target.rank for p in outgoing])
+        receive, receive_sizes = self._buffer(incoming, [p.source.rank for p in incoming])
+        for piece, part in _parts(outgoing, send):
+            part.copy_(self._source(piece))
+        dist.all_to_all_single(receive, send, receive_sizes, send_sizes)
+        for piece, part in _parts(incoming, receive):
+            self._target(piece).copy_(part)
+
+    def _buffer(self, pieces: Sequence[Piece], ranks: Sequence[int]) -> tuple[Tensor, list[int]]:
+        sizes = [0] * self.num_ranks
+        for piece, rank in zip(pieces, ranks, strict=True):
+            sizes[rank] += piece.num_bytes
+        device = self.sources[0].tensor.device if self.sources else self.targets[0].tensor.device
+        return torch.empty(sum(sizes), dtype=torch.uint8, device=device), sizes
+
+    # --- proof ------------------------------------------------------------------------------------------------------
+
+    def prove(self) -> None:
+        """Raise WeightsError, on every rank, where a sampler does not hold the learner's weights."""
+        found = [self._moved_away(), self._differing_checksum()]
+        if self.canary is not None:
+            found.append(self._differing_logprob(self.canary))
+        self._refuse(found)
+
+    def _refuse(self, found: Sequence[str | None]) -> None:
+        errors = _all_gather([error for error in found if error], self.num_ranks)
+        first = next((error for part in errors for error in part), None)
+        if first is not None:
+            raise WeightsError(f"{first}; learner and sampler do not hold the same policy")
+
+    def _moved_away(self) -> str | None:
+        """Memory is shared as long as nobody moves to another."""
+        now = self.learner.weight_slices(), self.sampler.weight_slices() if self.sampler is not None else []
+        for side, slices, planned in zip(("learner", "sampler"), now, self.addresses, strict=True):
+            if len(slices) != len(planned):
+                return f"the {side} of rank {self.rank} holds {len(slices)} tensors, no longer {len(planned)}"
+            for held, address in zip(slices, planned, strict=True):
+                if held.tensor.data_ptr() != address:
+                    return f"{held.name}: the {side} of rank {self.rank} has moved it to other memory"
+        return None
+
+    @torch.no_grad()
+    def _differing_checksum(self) -> str | None:
+        """Compare both sides of everything that was copied or moved."""
+        pieces = [*self.plan.copied, *(piece for bucket in self.plan.buckets for piece in bucket)]
+        if not pieces:
+            return None
+        phase = None if self.full_proof else self.learner.policy_version
+        sums = torch.zeros(2, len(pieces), dtype=torch.int64)  # (sides, pieces)
+        for i, piece in enumerate(pieces):
+            if piece.source.rank == self.rank:
+                sums[0, i] = checksum(self._source(piece).to(piece.target.dtype), phase)
+            if piece.target.rank == self.rank:
+                sums[1, i] = checksum(self._target(piece), phase)
+        if self.num_ranks > 1:
+            device = self.sources[0].tensor.device if self.sources else self.targets[0].tensor.device
+            sums = sums.to(device)
+            dist.all_reduce(sums)  # each entry has one writer
+        differing = (sums[0] != sums[1]).nonzero()
+        if len(differing) == 0:
+            return None
+        piece = pieces[int(differing[0])]
+        return f"{piece.target.name}: the checksums of ranks {piece.source.rank} and {piece.target.rank} differ"
+
+    def _differing_logprob(self, canary: Tensor) -> str | None:
+        theirs = self.sampler.score(canary) if self.sampler is not None else None
+        ours = self.learner.logprobs(_scored(canary), temperature=1.0)
+        if theirs is None:
+            return None
+        dtype = self.targets[0].tensor.dtype
+        allowed = CANARY_TOLERANCE[dtype] if self.canary_tolerance is None else self.canary_tolerance
+        worst = (ours - theirs).abs().max().item()
+        if worst <= allowed:  # False for NaN
+            return None
+        return (
+            f"the canary's logprobs differ by {worst:.1e} on rank {self.rank}, more than {allowed:.0e} "
+            "(sampler.canary_tolerance)"
+        )
+
+
+def _parts(pieces: Sequence[Piece], buffer: Tensor):
+    """Each piece with its place in the buffer, as a tensor of its shape."""
+    offset = 0
+    for piece in pieces:
+        size = piece.target.dtype.itemsize * _volume(piece.shape)
+        yield piece, buffer[offset : offset + size].view(piece.target.dtype).view(piece.shape)
+        offset += piece.num_bytes
+
+
+def _scored(token_ids: Tensor):
+    """The tokens as one packed sequence, all but the first scored."""
+    ones = torch.ones(len(token_ids) - 1)
+    sequence = packing.Sequence(
+        sequence_id=0,
+        group_id=0,
+        prompt_ids=token_ids[:1],
+        token_ids=token_ids[1:],
+        advantages=ones,
+        token_weights=ones,
+        sampler_logprobs=torch.zeros_like(ones),
+    )
+    (batch,) = packing.pack([sequence], max_tokens=len(token_ids), share_prompts=True)
+    return batch
+
+
+def _all_gather(value: Any, num_ranks: int) -> list[Any]:
+    if num_ranks == 1:
+        return [value]
+    everyone: list[Any] = [None] * num_ranks
+    dist.all_gather_object(everyone, value)
+    return everyone

@@ -21,9 +21,6 @@ class Learner(Protocol):
     ranks: Ranks
     """Where this process's part of the policy stands in the job."""
 
-    weights_are_shared: bool
-    """Whether the sampler works on this learner's own tensors, so that an update needs no copy."""
-
     def update(self, batches: Iterable[PackedBatch], objective: Objective) -> StepResult:
         """One optimizer step on the sum of the losses of all data ranks' micro-batches, of which each passes its own;
         a non-finite one leaves the weights untouched."""

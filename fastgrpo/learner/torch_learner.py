@@ -34,8 +34,6 @@ class TorchLearner:
     num_updates: optimizer steps of the whole run, for the learning-rate schedule.
     """
 
-    weights_are_shared = True
-
     def __init__(
         self,
         model: CausalLM,

@@ -7,6 +7,7 @@ values. So packed training, prefill and decoding with a cache are three small ob
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -14,7 +15,14 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from fastgrpo.config import UserError
@@ -110,6 +118,32 @@ def load_model(path: str, *, device: str, dtype: torch.dtype) -> CausalLM:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
     return prepare(model.to(device))
+
+
+def load_skeleton(path: str, *, dtype: torch.dtype) -> CausalLM:
+    """The model without memory for its weights (on the meta device), for who holds them elsewhere."""
+    config = load_config(path)
+    with torch.device("meta"):
+        model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    model.generation_config = _generation_config(_local_or_hub("model.path", path)) or model.generation_config
+    return model
+
+
+def filled(skeleton: CausalLM, weights: Iterable[tuple[str, Tensor]]) -> CausalLM:
+    """A model on the CPU with the skeleton's configuration and these weights, a tied head once."""
+    model: CausalLM = AutoModelForCausalLM.from_config(skeleton.config, dtype=skeleton.dtype)
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= set(model._tied_weights_keys or ()), missing
+    model.generation_config = skeleton.generation_config
+    return model
+
+
+def _generation_config(source: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:  # a directory need not have one
+        return None
 
 
 def prepare(model: CausalLM) -> CausalLM:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fastgrpo.types import LogprobContract, Prompt, RolloutGroup, SamplingParams
+from fastgrpo.types import LogprobContract, Prompt, RolloutGroup, SamplingParams, WeightSlice
 
 
 class Sampler(Protocol):
@@ -29,8 +29,12 @@ class Sampler(Protocol):
         """
         ...
 
-    def load_weight(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor of the policy, under its Hugging Face name."""
+    def weight_slices(self) -> list[WeightSlice]:
+        """What this rank samples with, as views that may be written to; fastgrpo/weights.py keeps them the policy's."""
+        ...
+
+    def score(self, token_ids: Tensor) -> Tensor:
+        """(P,) token ids -> (P - 1,) float32 on the CPU: the logprob of each after those before it, temperature 1."""
         ...
 
     def sleep(self) -> None:
@@ -38,3 +42,6 @@ class Sampler(Protocol):
 
     def wake(self) -> None:
         """Take it again."""
+
+    def close(self) -> None:
+        """Let go of everything that is not the learner's."""

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from fastgrpo.kernels.segment_attention import SegmentPlan, attention_with_lse, merge, segment_attention
+from fastgrpo.models import storage
+from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.hf import CausalLM, hidden_states
 from fastgrpo.sampler.draw import contract_of, draw
 from fastgrpo.seeding import derive_seed
-from fastgrpo.types import LogprobContract, Prompt, Rollout, RolloutGroup, SamplingParams
+from fastgrpo.types import LogprobContract, Prompt, Rollout, RolloutGroup, SamplingParams, WeightSlice
 
 # Finished completions are dropped from the batch once they are this share of its rows: dropping copies the cache.
 DROP_SHARE = 1 / 8
@@ -33,16 +35,28 @@ class TorchSampler:
     def contract(self, params: SamplingParams) -> LogprobContract:
         return contract_of(params)
 
+    def weight_slices(self) -> list[WeightSlice]:
+        """See Sampler.weight_slices."""
+        return storage.weight_slices(self.model)
+
     @torch.no_grad()
-    def load_weight(self, name: str, tensor: Tensor) -> None:
-        """Copy one tensor into the model, where that is not the learner's own."""
-        self.model.get_parameter(name).copy_(tensor)
+    def score(self, token_ids: Tensor) -> Tensor:
+        """See Sampler.score."""
+        length, device = len(token_ids), self.model.device
+        attend = PackedAttention(torch.tensor([[0, length, 0, 0]]), device)
+        rows = token_ids[None].to(device)
+        hidden = hidden_states(self.model, rows, torch.arange(length, device=device)[None], attend)  # (1, P, H)
+        logprobs = self.model.lm_head(hidden[0, :-1]).float().log_softmax(-1)  # (P - 1, V)
+        return logprobs.gather(-1, rows[0, 1:, None])[:, 0].cpu()
 
     def sleep(self) -> None:
         """Nothing to give back: the cache lives within generate."""
 
     def wake(self) -> None:
         """Nothing to take."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     @torch.no_grad()
     def generate(

@@ -47,8 +47,6 @@ class MegatronLearner:
     Raises UserError, before any weight is read, where the layout is impossible for the model or the job's size.
     """
 
-    weights_are_shared = False
-
     def __init__(
         self,
         architecture: Architecture,

@@ -1,0 +1,164 @@
+"""vLLM's parameters made of the learner's memory while vLLM loads: at no time are there two copies of a matrix.
+
+A model loader, registered with vLLM, builds the model with its matrices on the meta device and then gives each
+parameter the learner's tensors, as one strided view where vLLM fuses what lies side by side. What cannot be adopted is
+allocated, and fastgrpo/weights.py fills it whenever the weights are shared; `Adoption.copied` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from fastgrpo.kernels.cpu_linear import linear
+from fastgrpo.sampler.vllm.layout import Owned, parameters
+from fastgrpo.types import WeightSlice
+
+LOAD_FORMAT = "fastgrpo"
+
+
+@dataclass(kw_only=True)
+class Adoption:
+    """What a loading model adopts, and what came of it.
+
+    Example: Adoption(offered=learner.weight_slices()); after loading, copied == {} where every parameter is shared.
+    """
+
+    offered: list[WeightSlice]
+    model: nn.Module | None = None
+    copied: dict[str, str] = field(default_factory=dict)
+    """vLLM's parameters with memory of their own, and the reason."""
+
+    def weight_slices(self) -> list[WeightSlice]:
+        """What the model holds now."""
+        assert self.model is not None
+        return [s for owned in parameters(self.model) for s in owned.slices(owned.parameter.detach())]
+
+
+_current: ContextVar[Adoption] = ContextVar("adoption")
+
+
+@contextmanager
+def adopting(adoption: Adoption) -> Iterator[None]:
+    """A vLLM engine that is built in this context with load_format=LOAD_FORMAT adopts what is offered."""
+    token = _current.set(adoption)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@register_model_loader(LOAD_FORMAT)
+class AdoptingLoader(BaseModelLoader):
+    """Loads nothing: the weights are in memory already."""
+
+    def download_model(self, model_config) -> None:
+        pass
+
+    def load_weights(self, model: nn.Module, model_config) -> None:
+        raise NotImplementedError("weights are adopted or shared, never loaded")
+
+    def load_model(self, vllm_config, model_config, prefix: str = "") -> nn.Module:
+        adoption, device = _current.get(), torch.device(vllm_config.device_config.device)
+        with set_default_torch_dtype(model_config.dtype):
+            with device, _matrices_on_meta():
+                model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            adopt(model, adoption, device)
+            if device.type == "cpu":
+                _use_plain_linears(model)
+            else:
+                process_weights_after_loading(model, model_config, device)
+        adoption.model = model
+        return model.eval()
+
+
+@contextmanager
+def _matrices_on_meta() -> Iterator[None]:
+    """Let layers make their weights without memory. Vectors (norms, biases) are made for real, and let go at once."""
+
+    def without_memory(create_weights):
+        def create(*args, **kwargs):
+            with torch.device("meta"):
+                return create_weights(*args, **kwargs)
+
+        return create
+
+    methods = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    with (
+        patch.object(methods[0], "create_weights", without_memory(methods[0].create_weights)),
+        patch.object(methods[1], "create_weights", without_memory(methods[1].create_weights)),
+    ):
+        yield
+
+
+def adopt(model: nn.Module, adoption: Adoption, device: torch.device) -> None:
+    """Give every parameter of the model the offered memory, or memory of its own where that cannot be."""
+    offered = {(s.name, s.start, tuple(s.tensor.shape)): s for s in adoption.offered}
+    for owned in parameters(model):
+        memory = _shared_memory(owned, offered, device)
+        if isinstance(memory, str):
+            adoption.copied[owned.name] = memory
+            memory = torch.zeros(owned.parameter.shape, dtype=owned.parameter.dtype, device=device)
+        _replace(owned, memory)
+
+
+def _shared_memory(owned: Owned, offered: dict, device: torch.device) -> Tensor | str:
+    """The learner's memory in the parameter's shape, or why there is none."""
+    shape = owned.parameter
+    wanted = owned.slices(torch.empty(shape.shape, dtype=shape.dtype, device="meta"))
+    held: list[WeightSlice] = []
+    for want in wanted:
+        found = offered.get((want.name, want.start, tuple(want.tensor.shape)))
+        if found is None or found.full_shape != want.full_shape:
+            return f"this rank's learner does not hold the same part of {want.name}"
+        if found.tensor.dtype != shape.dtype:
+            return f"the learner's {want.name} is {found.tensor.dtype}, not {shape.dtype}"
+        if found.tensor.device.type != device.type:
+            return f"the learner's {want.name} is on {found.tensor.device}, not on {device}"
+        held.append(found)
+    first = held[0].tensor
+    base = first.storage_offset() - wanted[0].tensor.storage_offset()
+    for want, found in zip(wanted, held, strict=True):
+        same_storage = found.tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        offset = base + want.tensor.storage_offset()
+        if not same_storage or found.tensor.storage_offset() != offset or not _same_strides(found.tensor, want.tensor):
+            return f"the learner's {want.name} is not where the fused parameter has it"
+        if found.num_padding_rows < want.num_padding_rows:
+            return f"the learner pads {want.name} by {found.num_padding_rows} rows, not {want.num_padding_rows}"
+    return first.as_strided(shape.shape, shape.stride(), base)
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    """A dimension of one element may have any stride."""
+    return all(x == y for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1)
+
+
+def _replace(owned: Owned, memory: Tensor) -> None:
+    """Put a parameter over `memory` in the place of one that may have none, with the attributes vLLM gave it."""
+    new = nn.Parameter(memory, requires_grad=False)
+    new.__class__ = owned.parameter.__class__
+    new.__dict__.update(owned.parameter.__dict__)
+    for module, kind in owned.owners:
+        module._parameters[kind] = new
+
+
+def _use_plain_linears(model: nn.Module) -> None:
+    """On a CPU vLLM would repack every matrix, and so compute with a copy that no update reaches."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+            module.cpu_linear = linear  # type: ignore[assignment]
+        elif method is not None and not isinstance(module, VocabParallelEmbedding):
+            raise NotImplementedError(f"{type(method).__name__} computes with weights that fastgrpo cannot share yet")

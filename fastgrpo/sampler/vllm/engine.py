@@ -1,0 +1,249 @@
+"""One vLLM engine in this process: built on adopted weights, driven step by step, closed without a trace.
+
+Building one changes things that belong to the whole process (environment, random state, torch.set_num_threads, the
+default process group at the end); everything that can be put back is put back here.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from vllm import EngineArgs, ModelRegistry, RequestOutput, SamplingParams
+from vllm.distributed import parallel_state
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.sample import sampler as vllm_sampler
+
+from fastgrpo.sampler.vllm.adopt import LOAD_FORMAT, Adoption, adopting
+from fastgrpo.types import WeightSlice
+
+SLACK_STEPS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What an engine is built with."""
+
+    config: Any
+    """The model's transformers configuration."""
+    dtype: torch.dtype
+    device: str
+    tp: int
+    max_model_len: int
+    """Longest prompt and completion together."""
+    max_sequences: int
+    kv_cache_bytes: int | None
+    """Of one rank; None: what gpu_memory_utilization leaves."""
+    gpu_memory_utilization: float | None
+    enforce_eager: bool
+    sleeps: bool
+    """Whether the KV cache can be given back between rollouts."""
+
+
+class EngineError(RuntimeError):
+    """The engine cannot be used any more."""
+
+
+class Engine:
+    """An LLMEngine whose parameters are the offered memory wherever that fits; see adopt.py."""
+
+    def __init__(self, settings: EngineSettings, offered: list[WeightSlice]) -> None:
+        self.adoption = Adoption(offered=offered)
+        self._group_is_ours = dist.is_initialized()
+        self._llm: LLMEngine | None = None
+        with tempfile.TemporaryDirectory(prefix="fastgrpo-vllm-") as directory:
+            _write_config(settings, Path(directory))
+            try:
+                _make_cheap_to_start(settings)
+                with kept_process_state(), _shared_memory_names(), adopting(self.adoption):
+                    self._llm = LLMEngine.from_engine_args(_engine_args(settings, directory))
+            except BaseException:
+                self.close()
+                raise
+
+    @property
+    def llm(self) -> LLMEngine:
+        if self._llm is None:
+            raise EngineError("the engine is closed")
+        return self._llm
+
+    def run(self, requests: dict[str, tuple[list[int], SamplingParams]]) -> dict[str, RequestOutput]:
+        """Complete every request (id -> prompt and parameters).
+
+        Raises EngineError where they do not end within the steps that they can need; whatever the engine raises comes
+        through as it is. After either the engine must be closed.
+        """
+        # Every step computes a prompt's chunk or at least one token of some request, twice over where one is preempted.
+        patience = SLACK_STEPS + 2 * sum(len(prompt) + (params.max_tokens or 0) for prompt, params in requests.values())
+        finished: dict[str, RequestOutput] = {}
+        with kept_process_state():
+            for name, (prompt, params) in requests.items():
+                self.llm.add_request(name, {"prompt_token_ids": prompt}, params)
+            while self.llm.has_unfinished_requests():
+                if patience == 0:
+                    raise EngineError(f"{len(requests) - len(finished)} of {len(requests)} requests never end")
+                patience -= 1
+                for output in self.llm.step():
+                    if isinstance(output, RequestOutput) and output.finished:
+                        finished[output.request_id] = output
+        if missing := requests.keys() - finished.keys():
+            raise EngineError(f"{len(missing)} of {len(requests)} requests were dropped")
+        return finished
+
+    def reset_prefix_cache(self) -> None:
+        """Forget keys and values of older weights. Raises EngineError where requests still use them."""
+        if not self.llm.reset_prefix_cache():
+            raise EngineError("its prefix cache is in use and cannot be reset")
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back (and park what vLLM copied of the weights on the host)."""
+        self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        self.llm.wake_up()
+
+    def close(self) -> None:
+        """Free everything; the process group stays where it was not vLLM's own."""
+        engine, self._llm = self._llm, None
+        with _kept_process_group() if self._group_is_ours else _nothing():
+            if engine is not None:
+                engine.engine_core.shutdown()
+            else:  # a constructor that failed leaves vLLM's groups behind
+                parallel_state.cleanup_dist_env_and_memory()
+        self.adoption.model = None
+        for file in glob.glob(f"/dev/shm/*{_job()}*"):
+            Path(file).unlink(missing_ok=True)
+
+
+def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
+    on_cpu = settings.device == "cpu"
+    optional: dict[str, Any] = {}
+    if settings.gpu_memory_utilization is not None:
+        optional["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    if settings.kv_cache_bytes is not None:
+        optional["kv_cache_memory_bytes"] = settings.kv_cache_bytes
+    if on_cpu:  # a prompt is shared by whole blocks only, and the default is 128 tokens
+        optional |= {"block_size": 32, "async_scheduling": False}
+    return EngineArgs(
+        model=directory,
+        skip_tokenizer_init=True,
+        load_format=LOAD_FORMAT,
+        dtype="bfloat16" if settings.dtype == torch.bfloat16 else "float32",
+        seed=0,  # every request brings its own
+        tensor_parallel_size=settings.tp,
+        distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_sequences,
+        enforce_eager=settings.enforce_eager or on_cpu,
+        enable_prefix_caching=True,
+        enable_sleep_mode=settings.sleeps,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",  # nothing is sampled with but what we pass
+        disable_log_stats=True,
+        **optional,
+    )
+
+
+def _make_cheap_to_start(settings: EngineSettings) -> None:
+    """Import the model here, where vLLM would start a process to look at it (9 s where its cache is empty), and count
+    ranks on a CPU without a compiler (5 s, and it needs one)."""
+    for architecture in settings.config.architectures or ():
+        known = ModelRegistry.models.get(architecture)
+        if known is not None:
+            ModelRegistry.register_model(architecture, known.load_model_cls())
+    if settings.device == "cpu":
+        vllm_sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)
+
+
+def _write_config(settings: EngineSettings, directory: Path) -> None:
+    """All that vLLM reads of a model, so that a policy without a directory of its own can be sampled from."""
+    config = settings.config
+    if not config.architectures:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.save_pretrained(directory)
+
+
+# --- what belongs to the whole process ------------------------------------------------------------------------------
+
+
+@contextmanager
+def kept_process_state() -> Iterator[None]:
+    """Put back what vLLM changes for everyone: the random states, torch.set_num_threads, where memory may come from."""
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(), _own_memory_policy():
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+            if torch.get_num_threads() != num_threads:
+                torch.set_num_threads(num_threads)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _own_memory_policy() -> Iterator[None]:
+    """vLLM's CPU worker would bind the whole process's memory to one NUMA node, the learner's too."""
+    if not hasattr(torch.ops._C, "init_cpu_memory_env"):
+        yield
+        return
+    with patch.object(torch.ops._C, "init_cpu_memory_env", lambda nodes: None):
+        yield
+
+
+@contextmanager
+def _kept_process_group() -> Iterator[None]:
+    """vLLM ends by destroying the default process group, which is the learner's too; its own groups may go."""
+    destroy = dist.destroy_process_group
+
+    def destroy_subgroup(group: Any = None) -> None:
+        if group is not None and group is not dist.group.WORLD:
+            destroy(group)
+
+    with patch.object(dist, "destroy_process_group", destroy_subgroup):
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _shared_memory_names() -> Iterator[None]:
+    """Name the files through which vLLM's CPU ranks reduce after the job: under external_launcher they would all be
+    called alike, and a killed job's would fail the next."""
+    try:
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    except ImportError:  # a build for GPUs
+        yield
+        return
+
+    def name(communicator: Any) -> str:
+        ranks = "-".join(map(str, communicator.ranks))
+        return f"{_job()}-{communicator.unique_name.replace(':', '-')}-{ranks}"
+
+    with patch.object(_CPUSHMDistributed, "make_group_name", staticmethod(name)):
+        yield
+
+
+def _job() -> str:
+    """The same on all ranks of a job on this machine, and on no other job's."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return f"fastgrpo-{run_id}-{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
+    return f"fastgrpo-{os.getpid()}"

@@ -1,0 +1,192 @@
+"""Samples with vLLM in the learner's own process, on the learner's own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm import RequestOutput
+from vllm import SamplingParams as VLLMParams
+from vllm.logprobs import FlatLogprobs
+
+from fastgrpo.ranks import Ranks
+from fastgrpo.sampler.draw import contract_of
+from fastgrpo.sampler.vllm.engine import Engine, EngineError, EngineSettings
+from fastgrpo.seeding import derive_seed
+from fastgrpo.types import LogprobContract, Prompt, Rollout, RolloutGroup, SamplingParams, WeightSlice
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One completion to draw. Example: Request(name="0/3", prompt_ids=[5, 9, 2], params=SamplingParams(), seed=7)."""
+
+    name: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+
+    def for_vllm(self) -> tuple[list[int], VLLMParams]:
+        """Every request is one sequence with its own generator, so no sample depends on which others are drawn."""
+        params = self.params
+        return self.prompt_ids, VLLMParams(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=params.max_new_tokens,
+            min_tokens=params.min_new_tokens,
+            stop_token_ids=list(params.stop_token_ids),
+            ignore_eos=True,  # vLLM's own idea of an end; ours are stop_token_ids
+            seed=self.seed,
+            logprobs=0,  # the drawn token's alone
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+
+class VLLMSampler:
+    """vLLM on adopted weights; see Sampler for what it does and engine.py for how.
+
+    offer: what this rank's learner holds, asked again when an engine has to be rebuilt. max_restarts: engines built in
+    place of broken ones for one call of generate. Under torchrun every rank of the job calls generate and score
+    together, and the `settings.tp` ranks of a group with the same prompts.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        offer: Callable[[], list[WeightSlice]],
+        *,
+        max_restarts: int,
+        notify: Callable[[str], None],
+    ) -> None:
+        self.settings, self.offer, self.max_restarts, self.notify = settings, offer, max_restarts, notify
+        self.policy_version = 0
+        self.refill: Callable[[], None] = lambda: None
+        """Called when a rebuilt engine has memory of its own to fill with the policy; fastgrpo/weights.py does."""
+        self.engine = Engine(settings, offer())
+
+    @property
+    def ranks(self) -> Ranks:
+        """Where this process stands among the samplers of the job."""
+        if not dist.is_initialized():
+            return Ranks()
+        rank, num_ranks, tp = dist.get_rank(), dist.get_world_size(), self.settings.tp
+        return Ranks(
+            rank=rank, num_ranks=num_ranks, data_rank=rank // tp, num_data_ranks=num_ranks // tp, leads=rank % tp == 0
+        )
+
+    @property
+    def copied(self) -> dict[str, str]:
+        """vLLM's parameters that are not the learner's memory, and why."""
+        return self.engine.adoption.copied
+
+    def weight_slices(self) -> list[WeightSlice]:
+        """What this rank's engine computes with."""
+        return self.engine.adoption.weight_slices()
+
+    def contract(self, params: SamplingParams) -> LogprobContract:
+        return contract_of(params)
+
+    def generate(
+        self, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
+    ) -> list[RolloutGroup]:
+        """See Sampler.generate. Raises EngineError where max_restarts engines in a row could not do it."""
+        requests = [
+            Request(
+                name=f"{i}/{sample}",
+                prompt_ids=prompt.token_ids.tolist(),
+                params=params,
+                seed=derive_seed(seed, prompt.prompt_id, sample),
+            )
+            for i, prompt in enumerate(prompts)
+            for sample in range(num_samples)
+        ]
+        outputs = self._with_restarts(lambda: self._complete({r.name: r.for_vllm() for r in requests}))
+        return [
+            RolloutGroup(
+                prompt=prompt, rollouts=tuple(self._rollout(prompt, outputs[f"{i}/{s}"]) for s in range(num_samples))
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def score(self, token_ids: Tensor) -> Tensor:
+        """(P,) token ids -> (P - 1,) float32: each token's logprob after those before it, at temperature 1."""
+        params = VLLMParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        requests = {"score": (token_ids.tolist(), params)}
+        output = self._with_restarts(lambda: self._complete(requests))["score"]
+        assert isinstance(output.prompt_logprobs, FlatLogprobs)
+        return torch.tensor(output.prompt_logprobs.logprobs)
+
+    def sleep(self) -> None:
+        """Give the KV cache back, where the settings let it go."""
+        if self.settings.sleeps:
+            self.engine.sleep()
+
+    def wake(self) -> None:
+        if self.settings.sleeps:
+            self.engine.wake()
+
+    def close(self) -> None:
+        """Shut vLLM down. The learner's weights stay as they are."""
+        self.engine.close()
+
+    def _complete(self, requests: dict[str, tuple[list[int], VLLMParams]]) -> dict[str, RequestOutput]:
+        # Emptied before every use: keys of older weights are wrong, and those of an evaluation in between would change
+        # how a prompt is computed, so that a resumed run could round another way.
+        self.engine.reset_prefix_cache()
+        return self.engine.run(requests)
+
+    def _rollout(self, prompt: Prompt, output: RequestOutput) -> Rollout:
+        (completion,) = output.outputs
+        assert isinstance(completion.logprobs, FlatLogprobs)
+        return Rollout(
+            prompt_id=prompt.prompt_id,
+            token_ids=torch.tensor(completion.token_ids),
+            loss_mask=torch.ones(len(completion.token_ids), dtype=torch.bool),
+            sampler_logprobs=torch.tensor(completion.logprobs.logprobs),
+            finish_reason="stop" if completion.finish_reason == "stop" else "length",
+            policy_version=self.policy_version,
+        )
+
+    # --- failures ---------------------------------------------------------------------------------------------------
+
+    def _with_restarts(self, work: Callable[[], T]) -> T:
+        """Do the work; where an engine fails on any rank, rebuild them all and do it again, with the same seeds."""
+        for restart in range(self.max_restarts + 1):
+            result: Any = None
+            error: Exception | None = None
+            try:
+                result = work()
+            except Exception as raised:  # whatever a broken engine comes up with
+                error = raised
+            failures = self._failures(error)
+            if not failures:
+                return result
+            if restart == self.max_restarts:
+                raise EngineError(
+                    f"vLLM failed {restart + 1} times in a row (sampler.max_restarts={restart}): {failures[0]}"
+                ) from error
+            self.notify(f"vLLM failed ({failures[0]}); restarting it, {restart + 1} of {self.max_restarts}")
+            self.restart()
+        raise AssertionError("unreachable")
+
+    def _failures(self, error: Exception | None) -> list[str]:
+        """What failed on any rank of the job. Building an engine is collective, so all have to know."""
+        mine = None if error is None else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        everyone: list[str | None] = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        return [failure for failure in everyone if failure is not None]
+
+    def restart(self) -> None:
+        """A new engine on the learner's weights, in place of this one."""
+        self.engine.close()
+        self.engine = Engine(self.settings, self.offer())
+        self.refill()
