@@ -3,7 +3,7 @@
     python benchmarks/gpu.py              correctness on the device, then benchmarks, table and plot
     python benchmarks/gpu.py --smoke      the same code in seconds, on a CPU, at sizes that measure nothing
 
-Writes results/<GPU>-<commit>.csv and .html. Correctness first: a failure ends the run before anything is timed.
+Writes results/<GPU>-<commit>.csv and .png. Correctness first: a failure ends the run before anything is timed.
 """
 
 from __future__ import annotations
