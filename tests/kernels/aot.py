@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastgrpo.kernels import backend, group_advantages, logprob_kernels, logprobs, policy_rows_triton
+from fastgrpo.kernels import backend, group_advantages, logprob_kernels, logprobs, policy_kernels
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import LossInputs, Objective
@@ -38,8 +38,8 @@ VOCAB_SIZE = 152064
 KERNELS = {
     "statistics": logprob_kernels.statistics_kernel,
     "gradient": logprob_kernels.gradient_kernel,
-    "policy": policy_rows_triton._policy_kernel,
-    "sequence": policy_rows_triton._sequence_kernel,
+    "policy": policy_kernels.policy_kernel,
+    "sequence": policy_kernels.sequence_kernel,
     "group": group_advantages._group_kernel,
 }
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
