@@ -23,6 +23,8 @@ from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, lora, tiny
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
+from fastgrpo.phases import Phase, Phases
+from fastgrpo.plan import Plan, device_memory, make_plan
 from fastgrpo.ranks import Ranks, started_by_torchrun
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.samplers import make_exchange, make_sampler
@@ -237,6 +239,8 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
         if sampler is not None:
             stack.callback(sampler.close)
         exchange = make_exchange(config, learner, sampler, prompts)
+        plan = plan_memory(config, model.config, prompts)
+        planned: dict[Phase, int] = {"train": plan.train, "rollout": plan.rollout} if plan.on_gpu else {}
         sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))
         assert contract is not None  # the main rank samples
@@ -256,6 +260,7 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
             sampler=sampler,
             sampling_ranks=sampling_ranks,
             exchange=exchange,
+            phases=Phases(learner, sampler, offload=plan.offload, planned=planned),
             rewards=rewards if sampling_ranks.leads else None,
             log=log,
             console=console,
@@ -297,6 +302,13 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints, notify: Callable[[
     if found is None:
         raise UserError(f"resume={config.resume}: no whole checkpoint there; give a run's directory, auto or no")
     return found
+
+
+def plan_memory(config: Config, model_config: Any, prompts: PromptSets) -> Plan:
+    """What one rank of the run will hold."""
+    device_bytes, on_gpu = device_memory(config)
+    longest = max(len(prompt.token_ids) for prompt in prompts.train)
+    return make_plan(config, model_config, device_bytes=device_bytes, on_gpu=on_gpu, longest_prompt=longest)
 
 
 def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> SamplingParams:

@@ -280,6 +280,9 @@ class LearnerConfig:
     """Packed tokens in one forward pass."""
     share_prompts: bool = True
     """Compute each group's prompt once; false packs a copy per completion (same gradient)."""
+    offload: str = "auto"
+    """auto | always | never: move optimizer state and gradients to the host while sampling.  auto: on a GPU, where the
+    KV cache would not fit beside them (`fastgrpo plan` says so)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 

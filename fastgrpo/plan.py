@@ -116,6 +116,8 @@ class Plan:
     optimizer: int
     activations: int
     loss_head: int
+    offload_asked: str = "auto"
+    """learner.offload."""
     kv_cache_wanted: int
     """Of every completion of this rank that can be in flight at once, at its full length."""
 
@@ -131,7 +133,10 @@ class Plan:
 
     @property
     def offload(self) -> bool:
-        """Whether the optimizer's state and the gradients have to leave while sampling, for the KV cache to fit."""
+        """Whether the optimizer's state and the gradients leave while sampling: as asked, else where the KV cache would
+        not fit beside them."""
+        if self.offload_asked != "auto":
+            return self.offload_asked == "always"
         stays = self.weights + self.reference + self.reserved
         return self.on_gpu and stays + self.gradients + self.optimizer + self.kv_cache_wanted > self.device_bytes
 
@@ -182,6 +187,7 @@ def make_plan(config: Config, model_config: Any, *, device_bytes: int, on_gpu: b
         optimizer=trained * (8 + (4 if size_trained < 4 else 0)),
         activations=int(config.learner.max_tokens_per_microbatch * kept * learner.pp),
         loss_head=int(device_bytes * LOSS_HEAD_SHARE) if on_gpu else 1 << 26,
+        offload_asked=learner.offload,
         kv_cache_wanted=int(in_flight * length * kv),
     )
 

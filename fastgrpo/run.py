@@ -95,18 +95,16 @@ def evaluate_only(config: Config) -> dict[str, float]:
 def plan_only(config: Config) -> tuple[Plan, str]:
     """What a run would do and hold, and the same as a page of text. Raises UserError for what the user can mend."""
     validate(config)
-    from fastgrpo.assemble import QUICKSTART_CONTEXT, batch_algebra, load_data
+    from fastgrpo.assemble import QUICKSTART_CONTEXT, batch_algebra, load_data, plan_memory
     from fastgrpo.models import hf, tiny
-    from fastgrpo.plan import Shape, device_memory, make_plan, table
+    from fastgrpo.plan import Shape, table
 
     tokenizer, prompts = load_data(config)
     if config.model.path is None:
         model_config = tiny.shape(config.model, tokenizer, max_length=QUICKSTART_CONTEXT)
     else:
         model_config = hf.load_config(config.model.path)
-    device_bytes, on_gpu = device_memory(config)
-    longest = max(len(prompt.token_ids) for prompt in prompts.train)
-    plan = make_plan(config, model_config, device_bytes=device_bytes, on_gpu=on_gpu, longest_prompt=longest)
+    plan = plan_memory(config, model_config, prompts)
     num_ranks = config.cluster.num_ranks or config.learner.tp * config.learner.pp
     model = f"{model_config.model_type}, {Shape.of(model_config).num_parameters() / 1e6:.1f}M parameters"
     lines = batch_algebra(config, prompts, num_ranks, model)

@@ -24,6 +24,7 @@ from fastgrpo.evaluate import samples_of, summarize
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.metrics import Ledger, MetricsLog, Sample
+from fastgrpo.phases import Phases
 from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.protocol import Sampler
@@ -54,6 +55,8 @@ class Run:
     sampling_ranks: Ranks
     """Where this process stands among those that sample; its data ranks each draw their share of a step."""
     exchange: Exchange
+    phases: Phases
+    """Whose turn it is to hold the memory."""
     rewards: Rewards | None
     """None but on the leaders among sampling_ranks."""
     log: MetricsLog | None
@@ -72,7 +75,7 @@ class Run:
 def train(run: Run, stop: StopRequest) -> None:
     """Train from run.step on to the configured number of steps, or until asked to stop; then everything is saved."""
     config = run.config
-    run.exchange.share()
+    share(run)
     if run.step == 0:
         record(run, evaluate_if_due(run), last=False)
     stopping = stop.asked(run.learner.ranks)
@@ -82,13 +85,19 @@ def train(run: Run, stop: StopRequest) -> None:
         groups = relate(run, groups)  # advantages
         row |= improve(run, groups)  # mu passes of clipped updates
         run.learner.move_reference(policy_share(config.algorithm.reference, run.step))
-        with run.ledger("share"):
-            run.exchange.share()
+        share(run)
         row |= evaluate_if_due(run)
         show(run, [s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.decode, run.step, "train")])
         # Asked once: the step that ends the loop is the one that is saved.
         stopping = stop.asked(run.learner.ranks)
         record(run, row, last=run.step == config.train.num_steps or stopping)
+
+
+def share(run: Run) -> None:
+    """Let the sampler see the newest policy."""
+    with run.ledger("share"):
+        run.phases.enter("share")
+        run.exchange.share()
 
 
 def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
@@ -121,6 +130,8 @@ def sample_and_score(
     scored: list[tuple[int, ScoredGroup]] = []
     failures: Counter[str] = Counter()
     drawn: list[RolloutGroup] = []
+    with run.ledger("share"):
+        run.phases.enter("rollout")
     if run.sampler is not None:
         with run.ledger("generate"):
             drawn = run.sampler.generate([prompts[i] for i in mine], num_samples, params, seed)
@@ -154,6 +165,8 @@ def improve(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
     config = run.config.train
     per_minibatch = -(-max(1, len(groups)) // config.num_minibatches)
     chunks = [groups[i : i + per_minibatch] for i in range(0, len(groups), per_minibatch)]
+    with run.ledger("share"):
+        run.phases.enter("train")
     with run.ledger("logprobs"):
         minibatches = [[annotate(run, batch) for batch in lay_out(run, chunk)] for chunk in chunks]
     results: list[StepResult] = []
@@ -278,9 +291,10 @@ def record(run: Run, row: dict[str, float], *, last: bool) -> None:
     every, prepared = run.config.checkpoint.every, None
     if run.step and (last or (every and run.step % every == 0)):
         with run.ledger("checkpoint"):
+            run.phases.enter("train")  # what was offloaded is part of the state
             state = {"stream": run.stream.state_dict(), "num_nonfinite": run.num_nonfinite}
             prepared = run.checkpoints.prepare(run.step, run.learner.save, state)
-    row = {"step": run.step, **row, **run.ledger.step()}
+    row = {"step": run.step, **row, **run.phases.row(), **run.ledger.step()}
     if "tokens" in row:
         row["tokens_per_second"] = row["tokens"] / row["time/total_s"]
     if run.log is not None:

@@ -41,6 +41,7 @@ def _choices(config: Config) -> None:
     _one_of("algorithm.reference.schedule", algorithm.reference.schedule, ("fixed", "refresh", "ema"))
     _one_of("train.lr_schedule", config.train.lr_schedule, ("constant", "linear", "cosine"))
     _one_of("learner.kind", config.learner.kind, ("torch", "megatron"))
+    _one_of("learner.offload", config.learner.offload, ("auto", "always", "never"))
     _one_of("sampler.kind", config.sampler.kind, ("torch", "vllm"))
     _one_of("sampler.proof", config.sampler.proof, ("sampled", "full"))
     _one_of("cluster.dtype", config.cluster.dtype, ("auto", "float32", "bfloat16"))

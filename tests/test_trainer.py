@@ -488,7 +488,10 @@ def test_tokens_count_the_prompt_once_for_every_completion(workplace, tiny_qwen2
 
 
 def without_clock(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"}
+        for row in rows
+    ]
 
 
 def test_a_seed_repeats_the_run_and_another_does_not(workplace, tiny_qwen2):

@@ -18,7 +18,7 @@ PART_MEANINGS = {
     "reward": "scoring them",
     "logprobs": "old and reference logprobs",
     "update": "forward, backward, optimizer",
-    "share": "weights to the sampler",
+    "share": "weights and memory between learner and sampler",
     "checkpoint": "saving",
     "eval": "held-out evaluation",
     "other": "everything else",
@@ -40,6 +40,12 @@ PLAIN_CHARTS: list[tuple[str, str, bool, list[tuple[str, str]]]] = [
     ("Sampler against learner", "real", True, [("mean |Δ logprob|", "sampler_mismatch/mean_abs")]),
     ("Loss", "real", False, [("loss", "loss")]),
     ("Throughput", "count", True, [("tokens/s", "tokens_per_second")]),
+    (
+        "Memory held at the end of a phase, bytes",
+        "count",
+        True,
+        [("learning", "memory/train_end_bytes"), ("sampling", "memory/rollout_end_bytes")],
+    ),
 ]
 LINE_STYLES = [("blue", ""), ("orange", "6 4"), ("green", "2 4"), ("purple", "8 3 2 3"), ("red", "1 3")]
 HANDLED = {
