@@ -158,6 +158,8 @@ def make_learner(
     needs_reference = config.algorithm.kl_coef > 0
     if learner.kind == "torch":
         model, adapters = load_policy(config, tokenizer, prompts, notify)
+        if adapters is not None and config.sampler.kind != "torch":
+            adapters.keep_merged()
         reference = hf.prepare(copy.deepcopy(model)) if needs_reference and adapters is None else None
         if learner.gradient_checkpointing:
             model.gradient_checkpointing_enable()

@@ -70,6 +70,8 @@ class TorchLearner:
         if not skipped and sums.num_batches:
             self.optimizer.step(rate)
             self.policy_version += 1
+            if self.adapters is not None:
+                self.adapters.merge()
         self.optimizer.zero_grad()
         return StepResult(
             policy_version=self.policy_version,
@@ -110,7 +112,9 @@ class TorchLearner:
         yield from self.model.named_parameters()
 
     def weight_slices(self) -> list[WeightSlice]:
-        """See Learner.weight_slices."""
+        """See Learner.weight_slices; adapters are slices of their own, or merged where they are kept so."""
+        if self.adapters is not None and self.adapters.are_kept_merged:
+            return self.adapters.merged_slices()
         return storage.weight_slices(self.model)
 
     @torch.no_grad()
@@ -168,6 +172,8 @@ class TorchLearner:
             raise ValueError("other parameters were trained")
         for name, parameter in trained.items():
             parameter.copy_(state["model"][name])
+        if self.adapters is not None:
+            self.adapters.merge()
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
         self.optimizer.load_state_dict(state["optimizer"])

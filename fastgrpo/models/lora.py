@@ -8,21 +8,68 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgrpo.config import LoraConfig, UserError
 from fastgrpo.kernels.cpu_linear import use_cpu_linear
+from fastgrpo.models import storage
 from fastgrpo.models.hf import CausalLM
+from fastgrpo.models.storage import FUSED
+from fastgrpo.types import WeightSlice
 
 
 class Adapters:
     """The adapters inside a model whose modules PEFT has replaced in place."""
 
-    def __init__(self, peft_model: Any) -> None:
-        self._peft_model = peft_model
+    def __init__(self, model: CausalLM, peft_model: Any) -> None:
+        self._model, self._peft_model = model, peft_model
+        self._merged: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def keep_merged(self) -> None:
+        """From now on hold W + s B A too, for a sampler that knows no adapters: a second copy of the adapted matrices.
+
+        A layer's q/k/v and gate/up lie side by side, as in models/storage.py, so they are all copied where one of them
+        has adapters.
+        """
+        for path, module in self._model.named_modules():
+            children = dict(module.named_children())
+            for names in (*FUSED, ("o_proj",), ("down_proj",)):
+                parts = [children.get(name) for name in names]
+                if any(_has_adapters(part) for part in parts):
+                    whole = torch.cat([_base(part).weight for part in parts])
+                    sizes = [len(_base(part).weight) for part in parts]
+                    self._merged |= {f"{path}.{n}": rows for n, rows in zip(names, whole.split(sizes), strict=True)}
+        self.merge()
+
+    @property
+    def are_kept_merged(self) -> bool:
+        return bool(self._merged)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Bring the merged matrices up to date, where they are kept."""
+        for path, merged in self._merged.items():
+            module = self._model.get_submodule(path)
+            merged.copy_(_base(module).weight)
+            if _has_adapters(module):
+                merged.add_(module.get_delta_weight("default"))
+
+    def merged_slices(self) -> list[WeightSlice]:
+        """The merged matrices, and what has no adapters, under their names in a checkpoint of the whole policy."""
+        slices = []
+        for held in storage.weight_slices(self._model):
+            path, _, kind = held.name.replace(".base_layer", "").rpartition(".")
+            if path in self._merged and kind == "weight":
+                slices.append(replace(held, name=f"{path}.{kind}", tensor=self._merged[path]))
+            elif ".lora_" not in held.name:
+                slices.append(replace(held, name=f"{path}.{kind}"))
+        return slices
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -34,6 +81,14 @@ class Adapters:
         """Write a PEFT directory, which transformers, PEFT and vLLM load beside the base model."""
         self._peft_model.save_pretrained(directory)
         Path(directory, "README.md").unlink(missing_ok=True)  # PEFT's form for a hub page, all of it blank
+
+
+def _has_adapters(module: Any) -> bool:
+    return hasattr(module, "base_layer")
+
+
+def _base(module: Any) -> Any:
+    return module.base_layer if _has_adapters(module) else module
 
 
 def add_adapters(model: CausalLM, config: LoraConfig, *, seed: int) -> Adapters:
@@ -81,4 +136,4 @@ def _load(peft: Any, model: CausalLM, path: str) -> Any:
 def _ready(model: CausalLM, peft_model: Any) -> Adapters:
     if model.device.type == "cpu":
         use_cpu_linear(model)
-    return Adapters(peft_model)
+    return Adapters(model, peft_model)

@@ -15,6 +15,7 @@ from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.models.hf import prepare
 from fastgrpo.models.lora import add_adapters
+from fastgrpo.models.storage import fused
 from fastgrpo.run import evaluate_only, run
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -130,6 +131,24 @@ def test_a_checkpoint_of_every_weight_does_not_load_into_adapters(tmp_path):
     model, adapters = with_adapters()
     with pytest.raises(UserError, match="not a state of this model"):
         TorchLearner(model, TrainConfig(), num_updates=1, adapters=adapters).load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_merged_matrices_follow_the_adapters_in_fused_memory(kind):
+    """W + s B A for every matrix, at addresses that stay, q/k/v and gate/up side by side where one has adapters."""
+    model, adapters = with_adapters(kind)
+    learner = TorchLearner(model, TrainConfig(learning_rate=0.01), num_updates=2, adapters=adapters)
+    adapters.keep_merged()
+    addresses = [s.tensor.data_ptr() for s in learner.weight_slices()]
+    learner.update([batch_of(make_groups(RAGGED))], Objective())
+    merged = {s.name: s for s in learner.weight_slices()}
+    assert [s.tensor.data_ptr() for s in merged.values()] == addresses
+    plain = merged_into(make_model(kind), model, scale=2.0)
+    assert merged.keys() == dict(plain.named_parameters()).keys()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(merged[name].tensor, parameter.detach(), atol=1e-6, rtol=1e-6)
+    attention = "model.layers.1.self_attn"
+    assert fused([merged[f"{attention}.{n}.weight"].tensor for n in ("q_proj", "k_proj", "v_proj")]) is not None
 
 
 def trained(model, *more):
