@@ -33,7 +33,6 @@ from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.learner import MegatronLearner
 from fastgrpo.learner.torch_learner import TorchLearner
-from fastgrpo.models.hf import ATTENTION
 from fastgrpo.types import PackedBatch
 
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
@@ -53,9 +52,9 @@ MODELS = {
 
 
 def random_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
-    """The same random weights on every rank, with attention that only fastgrpo's hook computes."""
+    """The same random weights on every rank."""
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).to(dtype)
+    return transformers.AutoModelForCausalLM.from_config(config).to(dtype)
 
 
 def rollouts(args: argparse.Namespace, vocab_size: int) -> list[PackedBatch]:

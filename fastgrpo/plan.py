@@ -85,19 +85,21 @@ class Shape:
             return layers + vocabulary + self.hidden_size
         return layers + vocabulary * (1 if self.tied else 2) + self.hidden_size
 
-    def activation_bytes_per_token(self, size: int, tp: int = 1, *, sp: bool = False) -> int:
+    def activation_bytes_per_token(self, size: int, tp: int = 1, *, sp: bool = False, megatron: bool = False) -> int:
         """What autograd keeps of one token in one layer; `size` is the bytes of an element.
 
-        A norm keeps its float32 input and its normalised output; a product its input; attention q, k, v and its
-        output; silu(gate) * up its three factors. arXiv 2205.05198 counts GPT's layers the same way.
+        A norm keeps its input and the float32 factor of each row; a product its input; attention q, k, v, its output
+        and a float32 a head; silu(gate) * up its two inputs. Megatron's norms keep a float32 copy of their input too,
+        and its SwiGLU, like that of experts, silu(gate). arXiv 2205.05198 counts GPT's layers the same way.
         """
-        heads = self.num_heads + self.num_kv_heads
-        norms = 2 * (4 + size) * self.hidden_size // (tp if sp else 1)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        wide = 4 if megatron else 0
+        norms = 2 * ((wide + size) * self.hidden_size + 4) // (tp if sp else 1)
         inputs = 2 * size * self.hidden_size // (tp if sp else 1)
-        attention = 2 * heads * self.head_size * size // tp
-        qk_norms = (4 + size) * heads * self.head_size * self.qk_norm // tp
-        ffn = 4 * self.ffn_size * self.experts_per_token * size // tp
-        return norms + inputs + attention + qk_norms + ffn
+        attention = ((heads + self.num_heads) * self.head_size * size + 4 * self.num_heads) // tp
+        qk_norms = ((wide + size) * heads * self.head_size + 4 * heads) * self.qk_norm // tp
+        factors = 4 if megatron or self.num_experts else 3
+        return norms + inputs + attention + qk_norms + factors * self.ffn_size * self.experts_per_token * size // tp
 
     def kv_bytes_per_token(self, size: int, tp: int = 1) -> int:
         """Keys and values of one token in all layers."""
@@ -169,11 +171,12 @@ def make_plan(config: Config, model_config: Any, *, device_bytes: int, on_gpu: b
         trained, size_trained = _num_adapter_parameters(shape, lora.rank, lora.target_modules), 4
     else:
         size_trained = size
-    per_token = shape.activation_bytes_per_token(size, learner.tp, sp=learner.sp)
+    is_megatron = learner.kind == "megatron"
+    per_token = shape.activation_bytes_per_token(size, learner.tp, sp=learner.sp, megatron=is_megatron)
     layers = -(-shape.num_layers // learner.pp)
     every_input = layers * shape.hidden_size * size
     kept = every_input + per_token if learner.gradient_checkpointing else layers * per_token
-    copies = max(1, (config.cluster.num_ranks or 1) // (learner.tp * learner.pp))
+    copies = max(1, (config.cluster.num_ranks or 1) // learner.ranks_a_copy)
     sequences = -(-train.prompts_per_step // copies) * config.algorithm.group_size
     in_flight = min(sequences, config.sampler.max_sequences)
     length = longest_prompt / config.algorithm.group_size + config.sampling.max_new_tokens  # prompts are shared

@@ -44,9 +44,8 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         grad_x = _product(grad, weight.t()) if need_x else None
         grad_weight = None
-        if need_weight:  # the reduction over M is faster with the larger side as the product's columns
-            wide = weight.shape[0] > weight.shape[1]
-            grad_weight = _product(x.t(), grad.t()).t() if wide else _product(grad.t(), x.t())
+        if need_weight:  # oneDNN wants its rows contiguous, and would take longer to make them so than this copy
+            grad_weight = _product(grad.t().contiguous(), x.t())
         return grad_x, grad_weight, grad.sum(0) if need_bias and ctx.has_bias else None
 
 

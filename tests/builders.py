@@ -8,21 +8,20 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from fastgrpo.models.hf import ATTENTION
 from fastgrpo.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 VOCABULARY = 61
 
 
-def make_model(kind: str = "qwen2", *, seed: int = 0, dtype=torch.float32, attention: str = ATTENTION, tied=False):
+def make_model(kind: str = "qwen2", *, seed: int = 0, dtype=torch.float32, tied=False):
     """A two-layer model with random weights, grouped-query attention, and biases that are not zero."""
     from transformers import AutoModelForCausalLM
 
     shape = small_shape(kind, vocab_size=VOCABULARY, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(shape)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)

@@ -20,7 +20,8 @@ from fastgrpo.learner.offload import Offload
 from fastgrpo.learner.optimizer import Optimizer, learning_rate
 from fastgrpo.models import storage
 from fastgrpo.models.attention import PackedAttention
-from fastgrpo.models.hf import CausalLM, hidden_states
+from fastgrpo.models.decoder import hidden_states
+from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
 from fastgrpo.ranks import Ranks
 from fastgrpo.types import PackedBatch, StepResult, WeightSlice
@@ -105,7 +106,7 @@ class TorchLearner:
     def _scored_hidden(self, model: CausalLM, batch: PackedBatch) -> Tensor:
         """(N, H): only the rows that predict a scored token reach the loss head."""
         attend = PackedAttention(batch.segments, batch.token_ids.device)
-        hidden = hidden_states(model, batch.token_ids[None], batch.position_ids[None], attend)[0]  # (T, H)
+        hidden = hidden_states(model, batch.token_ids, batch.position_ids, attend)  # (T, H)
         return hidden.index_select(0, batch.hidden_rows)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Attention for packed batches, as a Hugging Face model's hook."""
+"""Attention for packed batches, as the decoder's hook."""
 
 from __future__ import annotations
 
@@ -15,5 +15,4 @@ class PackedAttention:
         self.plan = SegmentPlan(segments, device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (1, A, T, D) -> (T, A, D)
-        return segment_attention(q, k, v, self.plan, scale=scale)[None]
+        return segment_attention(q, k, v, self.plan, scale=scale)

@@ -1,22 +1,17 @@
-"""Hugging Face models as the learner and the sampler use them: attention handed in by the caller, hidden states out.
-
-The model's attention is a hook: whoever runs the model passes `attend=` and sees every layer's queries, keys and
-values. So packed training, prefill and decoding with a cache are three small objects and no edit of the model.
-"""
+"""Hugging Face models and tokenizers: loaded, checked, laid out for the decoder (decoder.py), and written back."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,10 +22,8 @@ from transformers.utils import logging as hf_logging
 
 from fastgrpo.config import UserError
 from fastgrpo.kernels.cpu_linear import use_cpu_linear
+from fastgrpo.models.decoder import CausalLM
 from fastgrpo.models.storage import lay_out
-
-CausalLM: TypeAlias = Any
-"""A transformers model with .model, .lm_head, .config and .device, which its stubs do not tell."""
 
 # Checked end to end against the plain Hugging Face model by tests/models/test_hf.py.
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "qwen3_moe")
@@ -38,32 +31,8 @@ SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "qwen3_moe")
 UNSUPPORTED_ROPE_TYPES = ("dynamic", "longrope")
 
 
-class Attend(Protocol):
-    """What runs inside every attention layer."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q (B, A, L, D), k and v (B, C, L, D), rotated -> (B, L, A, D)."""
-        ...
-
-
-def _attention(
-    module: Any, query, key, value, attention_mask=None, scaling=None, attend: Attend | None = None, **_: Any
-):
-    if attend is None:
-        raise RuntimeError("a model loaded by fastgrpo computes attention through attend=; see fastgrpo.models.hf")
-    return attend(module.layer_idx, query, key, value, scaling), None
-
-
-ATTENTION = "fastgrpo"
+ATTENTION = "sdpa"
 hf_logging.disable_progress_bar()
-AttentionInterface.register(ATTENTION, _attention)
-
-
-def hidden_states(model: CausalLM, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
-    """The last layer's hidden states, normalised: (B, L) token ids and positions -> (B, L, H)."""
-    # Any other attention would ignore `attend` and quietly let completions see each other.
-    assert model.config._attn_implementation == ATTENTION, model.config._attn_implementation
-    return model.model(input_ids=token_ids, position_ids=position_ids, use_cache=False, attend=attend).last_hidden_state
 
 
 def _check_supported(config: Any, path: str) -> None:
@@ -105,16 +74,14 @@ def load_config(path: str) -> Any:
 
 
 def load_model(path: str, *, device: str, dtype: torch.dtype) -> CausalLM:
-    """The causal language model of a local directory or hub name, ready for `attend`.
+    """The causal language model of a local directory or hub name, ready for the decoder.
 
     Raises UserError, naming model.path, where it is no model, cannot be read, or is of a type that is not supported.
     """
     config = load_config(path)
     source = _local_or_hub("model.path", path)
     try:
-        model: CausalLM = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, attn_implementation=ATTENTION
-        )
+        model: CausalLM = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
     return prepare(model.to(device))
@@ -124,7 +91,7 @@ def load_skeleton(path: str, *, dtype: torch.dtype) -> CausalLM:
     """The model without memory for its weights (on the meta device), for who holds them elsewhere."""
     config = load_config(path)
     with torch.device("meta"):
-        model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config = _generation_config(_local_or_hub("model.path", path)) or model.generation_config
     return model
 

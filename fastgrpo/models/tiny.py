@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from fastgrpo.config import ModelConfig
-from fastgrpo.models.hf import ATTENTION, CausalLM, prepare
+from fastgrpo.models.hf import CausalLM, prepare
 
 PAD, EOS = "<pad>", "<eos>"
 
@@ -42,7 +42,6 @@ def shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length: int, seed: int) -> CausalLM:
     """A float32 Qwen3 with random weights that are a function of the seed."""
     made = shape(config, tokenizer, max_length=max_length)
-    made._attn_implementation = ATTENTION
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return prepare(Qwen3ForCausalLM(made))

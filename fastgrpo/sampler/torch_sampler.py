@@ -15,7 +15,8 @@ from torch import Tensor
 from fastgrpo.kernels.segment_attention import SegmentPlan, attention_with_lse, merge, segment_attention
 from fastgrpo.models import storage
 from fastgrpo.models.attention import PackedAttention
-from fastgrpo.models.hf import CausalLM, hidden_states
+from fastgrpo.models.decoder import hidden_states
+from fastgrpo.models.hf import CausalLM
 from fastgrpo.sampler.draw import contract_of, draw
 from fastgrpo.seeding import derive_seed
 from fastgrpo.types import LogprobContract, Prompt, Rollout, RolloutGroup, SamplingParams, WeightSlice
@@ -42,12 +43,12 @@ class TorchSampler:
     @torch.no_grad()
     def score(self, token_ids: Tensor) -> Tensor:
         """See Sampler.score."""
-        length, device = len(token_ids), self.model.device
-        attend = PackedAttention(torch.tensor([[0, length, 0, 0]]), device)
-        rows = token_ids[None].to(device)
-        hidden = hidden_states(self.model, rows, torch.arange(length, device=device)[None], attend)  # (1, P, H)
-        logprobs = self.model.lm_head(hidden[0, :-1]).float().log_softmax(-1)  # (P - 1, V)
-        return logprobs.gather(-1, rows[0, 1:, None])[:, 0].cpu()
+        token_ids = token_ids.to(self.model.device)
+        positions = torch.arange(len(token_ids), device=token_ids.device)
+        attend = PackedAttention(torch.tensor([[0, len(token_ids), 0, 0]]), token_ids.device)
+        hidden = hidden_states(self.model, token_ids, positions, attend)  # (P, H)
+        logprobs = self.model.lm_head(hidden[:-1]).float().log_softmax(-1)  # (P - 1, V)
+        return logprobs.gather(-1, token_ids[1:, None])[:, 0].cpu()
 
     def sleep(self) -> None:
         """Nothing to give back: the cache lives within generate."""
@@ -103,9 +104,9 @@ class TorchSampler:
                 going = ~stopped[rows]
                 rows, drawn = rows[going], drawn[going]
                 cache.keep(going)
-            hidden = hidden_states(self.model, drawn[:, None], cache.positions()[:, None], cache)
+            hidden = hidden_states(self.model, drawn, cache.positions(), cache)
             cache.advance()
-            logits = head(hidden[:, 0])
+            logits = head(hidden)
         yield from self._rollouts(
             prompts, num_samples, tokens.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist()
         )
@@ -148,12 +149,11 @@ def _prefill(model: CausalLM, prompts: list[Prompt], num_samples: int, limit: in
     plan = SegmentPlan(segments, model.device)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (P, heads, D)
         kept.append((k, v))
-        return segment_attention(q, k, v, plan, scale=scale)[None]
+        return segment_attention(q, k, v, plan, scale=scale)
 
-    hidden = hidden_states(model, token_ids[None].to(model.device), position_ids[None].to(model.device), attend)
-    return GroupCache(kept, lengths, num_samples, limit), hidden[0, (ends - 1).to(model.device)]
+    hidden = hidden_states(model, token_ids.to(model.device), position_ids.to(model.device), attend)
+    return GroupCache(kept, lengths, num_samples, limit), hidden[(ends - 1).to(model.device)]
 
 
 class GroupCache:
@@ -215,11 +215,11 @@ class GroupCache:
         self.length += 1
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q (R, A, 1, D), k and v (R, C, 1, D) -> (R, 1, A, D)."""
+        """q (R, A, D), k and v (R, C, D) -> (R, A, D)."""
         own_k, own_v = self.own_kv[layer]
         prompt_k, prompt_v = self.prompt_kv[layer]
-        own_k[:, :, self.length], own_v[:, :, self.length] = k[:, :, 0], v[:, :, 0]
-        grouped = q[:, :, 0].unflatten(1, (own_k.shape[1], -1))  # (R, C, A/C, D): a key head's queries as its rows
+        own_k[:, :, self.length], own_v[:, :, self.length] = k, v
+        grouped = q.unflatten(1, (own_k.shape[1], -1))  # (R, C, A/C, D): a key head's queries as its rows
         end = self.length + 1
         own = attention_with_lse(grouped, own_k[:, :, :end], own_v[:, :, :end], causal=False, scale=scale)
         shared_out, shared_lse = attention_with_lse(
@@ -227,7 +227,7 @@ class GroupCache:
         )
         queries = grouped.shape[2]
         shared = self._to_rows(shared_out, queries), self._to_rows(shared_lse, queries)
-        return merge(*own, *shared)[0].flatten(1, 2)[:, None]
+        return merge(*own, *shared)[0].flatten(1, 2)
 
     def _to_seats(self, x: Tensor) -> Tensor:
         """(R, C, Q, D) -> (B, C, seats*Q, D)."""

@@ -59,7 +59,7 @@ def replace_ref(learner, batch, objective):
 
 def oracle(kind, dtype, groups, objective=OBJECTIVE, tied=False):
     """The objective of G separate sequences, by autograd through a model with torch's own attention."""
-    model = make_model(kind, dtype=dtype, attention="sdpa", tied=tied)
+    model = make_model(kind, dtype=dtype, tied=tied)
     reference = reference_of(model)
     loss = torch.zeros((), dtype=dtype)
     for sequence in sequences_of(groups):

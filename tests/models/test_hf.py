@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, and the hook through which the model's attention runs."""
+"""Loading models and tokenizers, and what is refused."""
 
 import json
 
@@ -9,22 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastgrpo.config import UserError
 from fastgrpo.models import hf
-from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.tiny import character_tokenizer
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_hidden_states_equal_the_plain_model(kind):
-    ids = torch.randint(2, 60, (1, 12))
-    segments = torch.tensor([[0, 5, 0, 0], [5, 12, 0, 5]])
-    mine = hf.hidden_states(make_model(kind), ids, torch.arange(12)[None], PackedAttention(segments))
-    theirs = make_model(kind, attention="sdpa").model(ids).last_hidden_state
-    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_a_model_with_any_other_attention_is_refused():
-    with pytest.raises(AssertionError, match="sdpa"):
-        hf.hidden_states(make_model(attention="sdpa"), torch.ones(1, 2, dtype=torch.long), None, lambda *_: None)
 
 
 def saved(tmp_path, kind="qwen2", **changes):

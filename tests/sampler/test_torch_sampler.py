@@ -31,7 +31,7 @@ def test_logprobs_are_the_plain_models(kind, lengths):
     params = SamplingParams(temperature=0.7, max_new_tokens=20, stop_token_ids=STOPS)
     prompts = make_prompts(lengths)
     groups = TorchSampler(make_model(kind)).generate(prompts, 6, params, seed=0)
-    plain = make_model(kind, attention="sdpa").eval()
+    plain = make_model(kind).eval()
     seen = set()
     for group in groups:
         for rollout in group.rollouts:
@@ -43,7 +43,7 @@ def test_logprobs_are_the_plain_models(kind, lengths):
 
 def test_greedy_is_what_transformers_generates():
     params = SamplingParams(temperature=0.0, max_new_tokens=12, stop_token_ids=(1,))
-    plain = make_model(attention="sdpa").eval()
+    plain = make_model().eval()
     for group in TorchSampler(make_model()).generate(make_prompts([5, 8]), 1, params, seed=0):
         expected = plain.generate(group.prompt.token_ids[None], max_new_tokens=12, do_sample=False, eos_token_id=1)
         assert group.rollouts[0].token_ids.tolist() == expected[0, len(group.prompt.token_ids) :].tolist()

@@ -1,0 +1,100 @@
+"""The decoder of a Hugging Face model on that model's own parameters: rows in, hidden states out, attention handed in.
+
+Qwen2, Qwen3 and Llama are one architecture with different options. Computing it here instead of in their modules
+lets query, key and value be one product and gate and up another, and attention be whatever the caller needs: packed
+training, prefill and decoding with a cache are three small objects. A module that is no plain matrix (an adapter) or
+no SwiGLU (experts) is called as it is.
+
+Letters: T rows, H hidden, A / C query / key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastgrpo.kernels.cpu_linear import CpuLinear, linear
+from fastgrpo.models.layers import add_norm, join, rms_norm, rotary, swiglu
+
+CausalLM: TypeAlias = Any
+"""A transformers model with .model, .lm_head, .config and .device, which its stubs do not tell."""
+Projection: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Attend(Protocol):
+    """What runs inside every attention layer."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q (T, A, D), k and v (T, C, D), q and k rotated -> (T, A, D)."""
+        ...
+
+
+def project(layers: Sequence[Any]) -> Projection:
+    """The layers' outputs side by side, (T, inputs) -> (T, sum of outputs): one product where all are plain."""
+    if not all(type(layer) in (nn.Linear, CpuLinear) for layer in layers):
+        return lambda x: torch.cat([layer(x) for layer in layers], -1)
+    bias = None if layers[0].bias is None else join([layer.bias for layer in layers])
+    return partial(linear, weight=join([layer.weight for layer in layers]), bias=bias)
+
+
+class Layer:
+    """One layer's parameters, ready to be multiplied with."""
+
+    def __init__(self, module: Any, config: Any) -> None:
+        self.module, attention, mlp = module, module.self_attn, module.mlp
+        self.qkv = project([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = project([attention.o_proj])
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.qk_norm = None
+        if hasattr(attention, "q_norm"):
+            norms = ((attention.q_norm, self.num_heads), (attention.k_norm, self.num_kv_heads))
+            self.qk_norm = torch.cat([norm.weight.expand(heads, -1) for norm, heads in norms])  # (A + C, D)
+        self.is_swiglu = hasattr(mlp, "gate_proj") and config.hidden_act == "silu"
+        if self.is_swiglu:  # apart, because passes over the halves of a joint output cost more than a second product
+            self.gate, self.up, self.down = (project([x]) for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+    def __call__(
+        self, stream: Tensor, change: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """(T, H) residual stream and what the layer before adds to it -> the same after this layer."""
+        stream, x = _add_norm(stream, change, self.module.input_layernorm)
+        stream, x = _add_norm(stream, self._attention(x, cos, sin, attend), self.module.post_attention_layernorm)
+        if not self.is_swiglu:
+            return stream, self.module.mlp(x[None])[0]
+        return stream, self.down(swiglu(self.gate(x), self.up(x)))
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        attention = self.module.self_attn
+        qkv = self.qkv(x).unflatten(-1, (-1, attention.head_dim))  # (T, A + 2C, D)
+        num_rotated = self.num_heads + self.num_kv_heads
+        if self.qk_norm is not None:
+            qk, v = qkv.split([num_rotated, self.num_kv_heads], 1)
+            qkv = torch.cat([rms_norm(qk, self.qk_norm, attention.q_norm.variance_epsilon), v], 1)
+        qkv = rotary(qkv, cos, sin, num_rotated)
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+        return self.out(attend(attention.layer_idx, q, k, v, attention.scaling).flatten(1))
+
+
+def _add_norm(stream: Tensor, change: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    if change is None:
+        return stream, rms_norm(stream, norm.weight, norm.variance_epsilon)
+    return add_norm(stream, change, norm.weight, norm.variance_epsilon)
+
+
+def hidden_states(model: CausalLM, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+    """The last layer's hidden states, normalised: (T,) token ids and positions -> (T, H)."""
+    decoder = model.model
+    stream, change = decoder.embed_tokens(token_ids), None
+    cos, sin = (x[0, :, None] for x in decoder.rotary_emb(stream, position_ids[None]))  # (T, 1, D)
+    for module in decoder.layers:
+        layer = Layer(module, model.config)
+        if module.gradient_checkpointing and module.training and torch.is_grad_enabled():
+            stream, change = checkpoint(layer, stream, change, cos, sin, attend, use_reentrant=False)
+        else:
+            stream, change = layer(stream, change, cos, sin, attend)
+    return _add_norm(stream, change, decoder.norm)[1]
