@@ -186,7 +186,7 @@ def _layout(config: Config) -> None:
     learner = config.learner
     if learner.kind != "torch":
         return
-    for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False), ("ep", 1)):
+    for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False), ("cp", 1), ("ep", 1)):
         if getattr(learner, key) != plain:
             refuse(f"learner.{key}", getattr(learner, key), "learner=torch is one process; use learner=megatron")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -222,8 +222,6 @@ def _sampler(config: Config) -> None:
     share = sampler.gpu_memory_utilization
     if share is not None and not 0 < share <= 1:
         refuse("sampler.gpu_memory_utilization", share, "use a share above 0 and at most 1, or null")
-    if sampler.kind == "vllm" and config.model.lora.enabled:
-        refuse("sampler", "vllm", "it samples from the base without model.lora's adapters; use sampler=torch")
 
 
 def _places(config: Config) -> None:
