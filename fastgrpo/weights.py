@@ -50,10 +50,18 @@ class Held:
     def box(self) -> tuple[Any, ...]:
         return self.name, self.start, self.shape
 
-    def is_memory_of(self, other: Held) -> bool:
-        """Whether the two are the same numbers in the same place."""
-        same_place = (self.rank, self.address, self.strides) == (other.rank, other.address, other.strides)
-        return same_place and self.box == other.box and self.dtype == other.dtype
+    def contains(self, other: Held) -> bool:
+        """Whether the other is a part of this box, in this memory."""
+        if (self.rank, self.full_shape, self.dtype) != (other.rank, other.full_shape, other.dtype):
+            return False
+        address = self.address
+        for dim, (begin, first, size) in enumerate(zip(other.start, self.start, other.shape, strict=True)):
+            if begin < first or begin + size > first + self.shape[dim]:
+                return False
+            if size > 1 and self.strides[dim] != other.strides[dim]:
+                return False
+            address += (begin - first) * self.strides[dim] * self.dtype.itemsize
+        return address == other.address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +164,7 @@ def make_plan(learners: Sequence[Held], samplers: Sequence[Held], bucket_bytes: 
     shared, pieces = [], []
     for target in samplers:
         sources = by_name.get(target.name, [])
-        if any(source.is_memory_of(target) for source in sources):
+        if any(source.contains(target) for source in sources):
             shared.append(target)
             continue
         found = list(_cover(target, sources, sent))
@@ -344,7 +352,8 @@ class Exchange:
         if len(differing) == 0:
             return None
         piece = pieces[int(differing[0])]
-        return f"{piece.target.name}: the checksums of ranks {piece.source.rank} and {piece.target.rank} differ"
+        sides = f"the learner (rank {piece.source.rank}) and the sampler (rank {piece.target.rank})"
+        return f"{piece.target.name}: the checksums of {sides} differ"
 
     def _differing_logprob(self, canary: Tensor) -> str | None:
         theirs = self.sampler.score(canary) if self.sampler is not None else None

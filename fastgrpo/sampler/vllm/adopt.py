@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import torch
@@ -105,7 +105,7 @@ def _matrices_on_meta() -> Iterator[None]:
 
 def adopt(model: nn.Module, adoption: Adoption, device: torch.device) -> None:
     """Give every parameter of the model the offered memory, or memory of its own where that cannot be."""
-    offered = {(s.name, s.start, tuple(s.tensor.shape)): s for s in adoption.offered}
+    offered = {s.name: s for s in adoption.offered}  # a rank holds one box of a tensor
     for owned in parameters(model):
         memory = _shared_memory(owned, offered, device)
         if isinstance(memory, str):
@@ -114,15 +114,15 @@ def adopt(model: nn.Module, adoption: Adoption, device: torch.device) -> None:
         _replace(owned, memory)
 
 
-def _shared_memory(owned: Owned, offered: dict, device: torch.device) -> Tensor | str:
+def _shared_memory(owned: Owned, offered: dict[str, WeightSlice], device: torch.device) -> Tensor | str:
     """The learner's memory in the parameter's shape, or why there is none."""
     shape = owned.parameter
     wanted = owned.slices(torch.empty(shape.shape, dtype=shape.dtype, device="meta"))
     held: list[WeightSlice] = []
     for want in wanted:
-        found = offered.get((want.name, want.start, tuple(want.tensor.shape)))
-        if found is None or found.full_shape != want.full_shape:
-            return f"this rank's learner does not hold the same part of {want.name}"
+        found = _part(offered.get(want.name), want)
+        if found is None:
+            return f"this rank's learner does not hold that part of {want.name}"
         if found.tensor.dtype != shape.dtype:
             return f"the learner's {want.name} is {found.tensor.dtype}, not {shape.dtype}"
         if found.tensor.device.type != device.type:
@@ -138,6 +138,20 @@ def _shared_memory(owned: Owned, offered: dict, device: torch.device) -> Tensor 
         if found.num_padding_rows < want.num_padding_rows:
             return f"the learner pads {want.name} by {found.num_padding_rows} rows, not {want.num_padding_rows}"
     return first.as_strided(shape.shape, shape.stride(), base)
+
+
+def _part(whole: WeightSlice | None, want: WeightSlice) -> WeightSlice | None:
+    """The wanted box of a slice that contains it, else None."""
+    if whole is None or whole.full_shape != want.full_shape:
+        return None
+    tensor, padding = whole.tensor, whole.num_padding_rows
+    for dim, (begin, first, size) in enumerate(zip(want.start, whole.start, want.tensor.shape, strict=True)):
+        if begin < first or begin + size > first + whole.tensor.shape[dim]:
+            return None
+        tensor = tensor.narrow(dim, begin - first, size)
+        if dim == 0 and begin + size < first + whole.tensor.shape[0]:
+            padding = 0
+    return replace(whole, start=want.start, tensor=tensor, num_padding_rows=padding)
 
 
 def _same_strides(a: Tensor, b: Tensor) -> bool:

@@ -91,7 +91,7 @@ class Engine:
             for name, (prompt, params) in requests.items():
                 self.llm.add_request(name, {"prompt_token_ids": prompt}, params)
             while self.llm.has_unfinished_requests():
-                if patience == 0:
+                if patience <= 0:
                     raise EngineError(f"{len(requests) - len(finished)} of {len(requests)} requests never end")
                 patience -= 1
                 for output in self.llm.step():

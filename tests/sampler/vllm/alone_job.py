@@ -1,0 +1,288 @@
+"""One process with a torch learner and vLLM in it: python alone_job.py DIRECTORY.
+
+Writes what it found to DIRECTORY/alone.json.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from setting import (
+    MODELS,
+    NUM_SAMPLES,
+    OBJECTIVE,
+    SAMPLING,
+    TRAIN,
+    VOCABULARY,
+    batch_of,
+    load,
+    prompts,
+    settings,
+    short_run,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.core_client import InprocClient
+
+from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.sampler.draw import _cut as cut
+from fastgrpo.sampler.vllm.sampler import VLLMSampler
+from fastgrpo.types import SamplingParams
+from fastgrpo.weights import Exchange
+
+DIRECTORY = Path(sys.argv[1])
+ALLOCATING = ("empty", "empty_strided", "empty_like", "zeros", "ones", "full", "clone", "_to_copy", "cat")
+
+
+class Pair:
+    """A learner, a sampler on its tensors, and the exchange between them."""
+
+    def __init__(self, kind: str, *, changed: Callable[[list], list] = list, observed_by: Any = None) -> None:
+        self.learner = TorchLearner(load(DIRECTORY, kind), TRAIN, num_updates=9)
+        self.messages: list[str] = []
+        config = settings(self.learner.model.config)
+        with observed_by or nullcontext():
+            self.sampler = VLLMSampler(
+                config, lambda: changed(self.learner.weight_slices()), max_restarts=1, notify=self.messages.append
+            )
+        self.exchange = Exchange(
+            self.learner, self.sampler, bucket_bytes=1 << 20, canary=prompts(5)[4].token_ids, full_proof=True
+        )
+        self.sampler.refill = self.exchange.restore
+
+    def update(self) -> None:
+        """Move every weight by far more than the proof's tolerance shows."""
+        self.learner.update(batch_of(self.generate(), 1), OBJECTIVE)
+
+    def generate(self, chosen=None, params=SAMPLING, seed: int = 5, num_samples: int = NUM_SAMPLES):
+        chosen = prompts(6) if chosen is None else chosen
+        return self.sampler.generate(chosen, num_samples, params, seed)
+
+    def proof(self) -> str:
+        """What the exchange says of the present state, without moving anything."""
+        try:
+            self.exchange.prove()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "agree"
+
+
+def drawn(groups) -> dict[str, list[list[int]]]:
+    return {g.prompt.prompt_id: [r.token_ids.tolist() for r in g.rollouts] for g in groups}
+
+
+class Allocations(TorchDispatchMode):
+    """The shapes of all tensors that are allocated on a real device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ALLOCATING and result.device.type != "meta":
+            self.shapes[tuple(result.shape)] += 1
+        return result
+
+
+def sharing(kind: str) -> dict[str, Any]:
+    """Whether vLLM computes with the learner's tensors, through updates; and what it allocates to get there."""
+    torch.manual_seed(11)
+    random.seed(11)
+    before = torch.get_rng_state(), random.getstate(), torch.set_num_threads
+    allocated = Allocations()
+    pair = Pair(kind, observed_by=allocated)
+    matrices = {tuple(p.shape) for p in pair.sampler.engine.adoption.model.parameters() if p.ndim > 1}
+    untouched = [
+        torch.equal(before[0], torch.get_rng_state()),
+        before[1] == random.getstate(),
+        before[2] is torch.set_num_threads,
+        not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1,
+    ]
+    theirs = {s.name: s.tensor.data_ptr() for s in pair.sampler.weight_slices()}
+    ours = {s.name: s.tensor.data_ptr() for s in pair.learner.weight_slices()}
+    (batch,) = batch_of(pair.generate(), 0)
+    first = pair.learner.logprobs(batch, temperature=1.0)
+    differences = short_run(pair.learner, pair.sampler, pair.exchange, num_steps=4)
+    change = (pair.learner.logprobs(batch, temperature=1.0) - first).abs().max().item()
+    pair.sampler.close()
+    return {
+        "differences": differences,
+        "change": change,
+        "copied": pair.sampler.copied,
+        "same_addresses": ours == theirs,
+        "process_untouched": untouched,
+        "matrices_allocated": sum(allocated.shapes[shape] for shape in matrices),
+        "tensors_allocated": sum(allocated.shapes.values()),
+    }
+
+
+def sampling(pair: Pair) -> dict[str, Any]:
+    """What the samples depend on, and what their logprobs mean."""
+    oracle = AutoModelForCausalLM.from_pretrained(DIRECTORY / "qwen3", dtype=torch.float32)
+    chosen = prompts(6)
+    result: dict[str, Any] = {"drawn": drawn(pair.generate(chosen)), "again": drawn(pair.generate(chosen))}
+    result["reversed"] = drawn(pair.generate(chosen[::-1]))
+    result["alone"] = drawn(pair.generate(chosen[2:3]))
+    result["other_seed"] = drawn(pair.generate(chosen, seed=6))
+    result["no_prompts"] = pair.generate([])
+    greedy = replace(SAMPLING, temperature=0.0)
+    for name, params in {
+        "warm": replace(SAMPLING, temperature=0.7),
+        "cut": replace(SAMPLING, temperature=0.8, top_p=0.9, top_k=20),
+        "greedy": greedy,
+    }.items():
+        result[name] = logprob_error(oracle, pair.generate(chosen, params), params)
+    result["greedy_gap"] = greedy_gap(oracle, pair.generate(chosen, greedy, num_samples=2), greedy)
+    stops = tuple(range(2, VOCABULARY, 3))
+    stopping = replace(SAMPLING, stop_token_ids=stops, min_new_tokens=4)
+    result["stopped"] = [
+        (r.finish_reason, [t in stops for t in r.token_ids.tolist()])
+        for g in pair.generate(chosen, stopping)
+        for r in g.rollouts
+    ]
+    return result
+
+
+@torch.no_grad()
+def expected_logprobs(oracle: Any, group: Any, rollout: Any, params: SamplingParams) -> torch.Tensor:
+    """(R, V) transformers' own distributions for the rollout's tokens, cut as fastgrpo.sampler.draw cuts them."""
+    tokens = torch.cat([group.prompt.token_ids, rollout.token_ids])
+    scores = oracle(tokens[None]).logits[0, len(group.prompt.token_ids) - 1 : -1] / (params.temperature or 1.0)
+    return cut(scores.log_softmax(-1), params)
+
+
+def logprob_error(oracle: Any, groups: Any, params: SamplingParams) -> float:
+    worst = 0.0
+    for group in groups:
+        for rollout in group.rollouts:
+            expected = expected_logprobs(oracle, group, rollout, params)
+            own = expected.gather(-1, rollout.token_ids[:, None])[:, 0]
+            worst = max(worst, (own - rollout.sampler_logprobs).abs().max().item())
+    return worst
+
+
+def greedy_gap(oracle: Any, groups: Any, params: SamplingParams) -> float:
+    """How much likelier than a drawn token any other was."""
+    worst = 0.0
+    for group in groups:
+        for rollout in group.rollouts:
+            expected = expected_logprobs(oracle, group, rollout, params)
+            own = expected.gather(-1, rollout.token_ids[:, None])[:, 0]
+            worst = max(worst, (expected.max(-1).values - own).max().item())
+    return worst
+
+
+def proofs(pair: Pair) -> dict[str, Any]:
+    """What the proof says of weights that are not the learner's."""
+    result = {"intact": pair.proof()}
+    model = pair.sampler.engine.adoption.model
+    module = model.get_submodule("model.layers.1.mlp.down_proj")
+    own = module.weight
+    module.weight = torch.nn.Parameter(own.detach().clone(), requires_grad=False)
+    pair.update()
+    result["stale"] = pair.proof()
+    module.weight = own
+    result["mended"] = pair.proof()
+    # The same memory under another name: what only the logprobs can show.
+    gate_up = model.get_submodule("model.layers.0.mlp.gate_up_proj")
+    own = gate_up.weight
+    gate_up.weight = torch.nn.Parameter(own.detach().roll(len(own) // 2, 0), requires_grad=False)
+    addresses, pair.exchange.addresses = pair.exchange.addresses, []
+    pair.exchange.prepare()
+    pair.exchange.plan = replace(pair.exchange.plan, copied=())
+    result["permuted"] = pair.proof()
+    gate_up.weight = own
+    pair.exchange.prepare()
+    assert pair.exchange.addresses == addresses
+    return result
+
+
+def failures(pair: Pair) -> dict[str, Any]:
+    """Engines that break in the middle of a rollout, some times in a row."""
+    expected = drawn(pair.generate())
+
+    def outcome(how: Callable[[InprocClient], EngineCoreOutputs] | None = None, times: int = 0) -> str:
+        real, calls = InprocClient.get_output, 0
+
+        def get_output(self):
+            nonlocal calls
+            calls += 1
+            return real(self) if calls % 5 or calls > 5 * times else how(self)
+
+        pair.messages.clear()
+        InprocClient.get_output = get_output
+        try:
+            found = pair.generate()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            InprocClient.get_output = real
+        said = "".join(pair.messages)
+        return said if drawn(found) == expected else f"other samples after: {said}"
+
+    def raises(client):
+        raise MemoryError("no blocks left")
+
+    def drops(client):
+        client.abort_requests(list(client.engine_core.scheduler.requests))
+        pair.sampler.engine.llm.output_processor.request_states.clear()
+        return EngineCoreOutputs()
+
+    def stands_still(client):
+        client.engine_core.step_fn = lambda: ({}, False)
+        return EngineCoreOutputs()
+
+    result = {how.__name__: outcome(how, 1) for how in (raises, drops, stands_still)}
+    result["nothing"] = outcome()
+    result["proof"] = pair.proof()
+    result["copied"] = pair.sampler.copied
+    result["twice"] = outcome(raises, 2)
+    return result
+
+
+def apart() -> dict[str, Any]:
+    """A learner whose memory vLLM cannot take as it is: a copy, kept up to date and proven by its checksums."""
+
+    def elsewhere(held):
+        return [replace(s, tensor=s.tensor.clone()) if ".gate_proj." in s.name else s for s in held]
+
+    pair = Pair("llama", changed=elsewhere)
+    result: dict[str, Any] = {"copied": pair.sampler.copied}
+    result["differences"] = short_run(pair.learner, pair.sampler, pair.exchange, num_steps=3)
+    pair.update()
+    result["stale"] = pair.proof()
+    pair.exchange.share()
+    held = next(s.tensor for s in pair.sampler.weight_slices() if s.name.endswith("0.mlp.gate_proj.weight"))
+    held[[3, 4]] = held[[4, 3]]
+    result["permuted"] = pair.proof()
+    pair.sampler.restart()
+    result["restored"] = pair.proof()
+    pair.sampler.close()
+    return result
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {kind: sharing(kind) for kind in MODELS}
+    pair = Pair("qwen3")
+    pair.exchange.share()
+    results["sampling"] = sampling(pair)
+    results["proofs"] = proofs(pair)
+    results["failures"] = failures(pair)
+    pair.sampler.close()
+    results["apart"] = apart()
+    (DIRECTORY / "alone.json").write_text(json.dumps(results))
+
+
+main()

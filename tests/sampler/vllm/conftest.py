@@ -1,0 +1,83 @@
+"""vLLM's jobs, each in a process group of its own and started once, when first asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+sys.path.insert(0, str(Path(__file__).parent))
+from setting import MODELS, save_model
+
+HERE = Path(__file__).parent
+LIMIT_S = 400
+
+
+def run_job(script: str, directory: Path, num_ranks: int = 1) -> Any:
+    """The job's results; its output where it fails. Whatever it does, it does not outlive this call."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(num_ranks):
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": f"{HERE.parents[1]}:{os.environ.get('PYTHONPATH', '')}",
+        }
+        if num_ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with open(directory / f"{script}-{rank}.log", "w") as log:
+            command = [sys.executable, str(HERE / f"{script}_job.py"), str(directory)]
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True))
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            assert time.monotonic() < deadline, f"{script} hangs:\n{output(directory, script, 0)}"
+            time.sleep(0.05)
+        for rank, process in enumerate(processes):
+            assert not process.returncode, f"rank {rank}:\n{output(directory, script, rank)}"
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return json.loads((directory / f"{script}.json").read_text())
+
+
+def output(directory: Path, script: str, rank: int) -> str:
+    return (directory / f"{script}-{rank}.log").read_text()[-4000:]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A directory with one Hugging Face directory a model."""
+    directory = tmp_path_factory.mktemp("vllm")
+    for kind in MODELS:
+        save_model(directory, kind)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def alone(models):
+    """What alone_job.py found."""
+    return run_job("alone", models)
+
+
+@pytest.fixture(scope="session")
+def ranks(models):
+    """What ranks_job.py found, on each of its ranks."""
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    return run_job("ranks", models, num_ranks=2)

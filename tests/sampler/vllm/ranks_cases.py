@@ -1,0 +1,30 @@
+"""Layouts of a Megatron learner and a vLLM sampler over the same two processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    model: str
+    learner_tp: int = 1
+    learner_pp: int = 1
+    sampler_tp: int = 1
+    bucket_bytes: int = 1 << 14
+    """Smaller than a matrix, so that matrices are cut."""
+    spoil: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} tp={self.learner_tp} pp={self.learner_pp} -> tp={self.sampler_tp}"
+
+
+CASES = (
+    Case(model="qwen2", learner_tp=2, sampler_tp=2),
+    Case(model="llama", learner_tp=1, sampler_tp=1),
+    Case(model="qwen3", learner_tp=2, sampler_tp=1, spoil=True),
+    Case(model="llama", learner_tp=1, sampler_tp=2),
+    Case(model="qwen2", learner_pp=2, sampler_tp=1),
+    Case(model="llama", learner_pp=2, sampler_tp=2),
+)

@@ -1,0 +1,87 @@
+"""One process of a job with Megatron and vLLM in it: python ranks_job.py DIRECTORY, in the environment of torchrun.
+
+Rank 0 writes every rank's result of every case to DIRECTORY/ranks.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks_cases import CASES, Case
+from setting import TRAIN, prompts, settings, short_run
+
+from fastgrpo.learner.megatron import parallel
+from fastgrpo.learner.megatron.layout import Layout
+from fastgrpo.learner.megatron.learner import MegatronLearner
+from fastgrpo.models.hf import load_config
+from fastgrpo.sampler.vllm.sampler import VLLMSampler
+from fastgrpo.weights import Exchange
+
+DIRECTORY = Path(sys.argv[1])
+
+
+def run(case: Case) -> dict:
+    path = str(DIRECTORY / case.model)
+    layout = Layout(tp=case.learner_tp, pp=case.learner_pp)
+    learner = MegatronLearner.from_pretrained(path, layout, TRAIN, num_updates=9)
+    sampler = VLLMSampler(
+        settings(load_config(path), tp=case.sampler_tp), learner.weight_slices, max_restarts=1, notify=print
+    )
+    try:
+        canary = prompts(5)[4].token_ids
+        exchange = Exchange(learner, sampler, bucket_bytes=case.bucket_bytes, canary=canary)
+        differences = short_run(learner, sampler, exchange, num_steps=3)
+        plan = exchange.plan
+        loads = [
+            sum(p.num_bytes for p in bucket if p.target.rank == rank)
+            for bucket in plan.buckets
+            for rank in range(dist.get_world_size())
+        ]
+        result = {
+            "differences": differences,
+            "copied": sampler.copied,
+            "num_shared": sum(held.rank == dist.get_rank() for held in plan.shared),
+            "num_local": len(plan.copied),
+            "num_buckets": len(plan.buckets),
+            "largest_bucket": max(loads, default=0),
+            "largest_row": max((p.num_bytes // p.shape[0] for b in plan.buckets for p in b), default=0),
+            "sampling_ranks": [sampler.ranks.data_rank, sampler.ranks.num_data_ranks, sampler.ranks.leads],
+        }
+        if case.spoil:
+            result["spoiled"] = spoiled(exchange, sampler)
+        return result
+    finally:
+        sampler.close()
+        parallel.destroy()
+
+
+def spoiled(exchange: Exchange, sampler: VLLMSampler) -> str:
+    """What the proof says of a tensor whose rows are in another order on the last rank alone."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        held = next(s.tensor for s in sampler.weight_slices() if s.name.endswith("1.mlp.down_proj.weight"))
+        held.copy_(held.roll(1, 0).clone())
+    try:
+        exchange.prove()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    results = {case.name: run(case) for case in CASES}
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, results)
+    if dist.get_rank() == 0:
+        (DIRECTORY / "ranks.json").write_text(json.dumps(everyone))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main()

@@ -1,0 +1,117 @@
+"""A torch learner and the real vLLM in one process."""
+
+import pytest
+from setting import FLOAT32_TOLERANCE, MODELS, NUM_SAMPLES, SAMPLING
+
+MOVED = "model.layers.1.mlp.down_proj.weight: the sampler of rank 0 has moved it to other memory"
+SAME = "; learner and sampler do not hold the same policy"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_vllm_computes_with_the_learners_own_tensors(alone, kind):
+    found = alone[kind]
+    assert found["copied"] == {}
+    assert found["same_addresses"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_matrix_is_allocated_at_any_time(alone, kind):
+    assert alone[kind]["tensors_allocated"] > 0  # the counter counts
+    assert alone[kind]["matrices_allocated"] == 0
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_update_is_visible_to_the_sampler_with_nothing_copied(alone, kind):
+    assert len(alone[kind]["differences"]) == 4
+    assert max(alone[kind]["differences"]) <= FLOAT32_TOLERANCE
+    assert alone[kind]["change"] > 0.1  # or the test would pass with the weights of then
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_engine_leaves_the_process_as_it_was(alone, kind):
+    assert alone[kind]["process_untouched"] == [True] * 4
+
+
+def test_samples_depend_on_the_seed_and_the_prompt_alone(alone):
+    found = alone["sampling"]
+    assert found["drawn"] == found["again"] == found["reversed"]
+    assert found["alone"] == {"train/2": found["drawn"]["train/2"]}
+    assert found["other_seed"] != found["drawn"]
+    assert found["no_prompts"] == []
+
+
+def test_siblings_differ(alone):
+    for completions in alone["sampling"]["drawn"].values():
+        assert len({tuple(tokens) for tokens in completions}) == NUM_SAMPLES
+
+
+@pytest.mark.parametrize("params", ["warm", "cut", "greedy"])
+def test_logprobs_are_those_of_transformers(alone, params):
+    assert alone["sampling"][params] <= FLOAT32_TOLERANCE
+
+
+def test_greedy_takes_the_likeliest_token(alone):
+    assert alone["sampling"]["greedy_gap"] == 0
+
+
+def test_a_stop_token_ends_a_completion_and_belongs_to_it(alone):
+    reasons = set()
+    for reason, is_stop in alone["sampling"]["stopped"]:
+        reasons.add(reason)
+        assert not any(is_stop[:4])  # min_new_tokens
+        assert not any(is_stop[:-1])
+        assert is_stop[-1] == (reason == "stop")
+        assert reason == "stop" or len(is_stop) == SAMPLING.max_new_tokens
+    assert reasons == {"stop", "length"}
+
+
+def test_the_proof_passes_on_what_is_shared(alone):
+    assert alone["proofs"]["intact"] == alone["proofs"]["mended"] == "agree"
+
+
+def test_the_proof_names_a_stale_tensor(alone):
+    assert alone["proofs"]["stale"] == f"WeightsError: {MOVED}{SAME}"
+
+
+def test_the_canary_finds_a_permutation_that_addresses_cannot_show(alone):
+    assert alone["proofs"]["permuted"].startswith("WeightsError: the canary's logprobs differ by ")
+
+
+def test_memory_that_does_not_fit_is_copied_and_says_why(alone):
+    reason = "the learner's model.layers.{}.mlp.up_proj.weight is not where the fused parameter has it"
+    name = "model.layers.{}.mlp.gate_up_proj.weight"
+    assert alone["apart"]["copied"] == {name.format(i): reason.format(i) for i in range(2)}
+    assert max(alone["apart"]["differences"]) <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("what", ["stale", "permuted"])
+def test_a_checksum_names_a_copy_that_is_not_the_learners(alone, what):
+    sides = "the checksums of the learner (rank 0) and the sampler (rank 0) differ"
+    assert alone["apart"][what] == f"WeightsError: model.layers.0.mlp.gate_proj.weight: {sides}{SAME}"
+
+
+def test_a_rebuilt_engine_gets_its_copies_again(alone):
+    assert alone["apart"]["restored"] == "agree"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", "MemoryError: no blocks left"),
+        ("drops", "EngineError: 24 of 24 requests were dropped"),
+        ("stands_still", "EngineError: 24 of 24 requests never end"),
+    ],
+)
+def test_a_failed_engine_is_rebuilt_and_the_rollout_drawn_again(alone, how, message):
+    assert alone["failures"][how] == f"vLLM failed ({message}); restarting it, 1 of 1"
+    assert alone["failures"]["nothing"] == ""
+
+
+def test_a_rebuilt_engine_adopts_the_learners_tensors_again(alone):
+    assert alone["failures"]["proof"] == "agree"
+    assert alone["failures"]["copied"] == {}
+
+
+def test_an_engine_that_keeps_failing_stops_the_run_by_name(alone):
+    expected = "EngineError: vLLM failed 2 times in a row (sampler.max_restarts=1): MemoryError: no blocks left"
+    assert alone["failures"]["twice"] == expected

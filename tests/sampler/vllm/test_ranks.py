@@ -1,0 +1,51 @@
+"""Megatron and vLLM over the same two processes, in layouts that match and that do not."""
+
+import pytest
+from ranks_cases import CASES
+from setting import FLOAT32_TOLERANCE
+
+by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+SAME_LAYOUT = [case for case in CASES if case.learner_tp == case.sampler_tp and case.learner_pp == 1]
+OTHERS = [case for case in CASES if case not in SAME_LAYOUT]
+
+
+@by_name
+def test_the_samplers_logprobs_are_the_learners_after_every_update(ranks, case):
+    for rank in ranks:
+        differences = rank[case.name]["differences"]
+        assert len(differences) == 3
+        assert max(differences) <= FLOAT32_TOLERANCE
+
+
+@by_name
+def test_ranks_of_an_engine_draw_together(ranks, case):
+    expected = [[0, 1, True], [0, 1, False]] if case.sampler_tp == 2 else [[0, 2, True], [1, 2, True]]
+    assert [rank[case.name]["sampling_ranks"] for rank in ranks] == expected
+
+
+@pytest.mark.parametrize("case", SAME_LAYOUT, ids=lambda case: case.name)
+def test_matching_layouts_share_every_tensor(ranks, case):
+    for rank in ranks:
+        found = rank[case.name]
+        assert found["copied"] == {}
+        assert (found["num_local"], found["num_buckets"]) == (0, 0)
+        assert found["num_shared"] >= 21  # all of a two-layer model's
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+def test_other_layouts_move_weights_in_buckets_of_bounded_size(ranks, case):
+    for rank in ranks:
+        found = rank[case.name]
+        assert found["copied"] != {}
+        assert found["num_shared"] > 0  # norms at least
+        assert found["num_local"] + found["num_buckets"] > 0
+        assert found["largest_bucket"] <= case.bucket_bytes
+        assert found["num_buckets"] != 1
+
+
+def test_a_permuted_tensor_on_one_rank_is_named_on_all(ranks):
+    (case,) = (case for case in CASES if case.spoil)
+    sides = "the checksums of the learner (rank 1) and the sampler (rank 1) differ"
+    expected = f"WeightsError: model.layers.1.mlp.down_proj.weight: {sides}"
+    for rank in ranks:
+        assert rank[case.name]["spoiled"] == f"{expected}; learner and sampler do not hold the same policy"
