@@ -247,7 +247,8 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))
         assert contract is not None  # the main rank samples
         check_contract(contract, objective)
-        console.banner(config.run.name, batch_algebra(config, prompts, learner.ranks.num_ranks, describe(model)))
+        described = describe(model, device_of(config)[0])
+        console.banner(config.run.name, batch_algebra(config, prompts, learner.ranks.num_ranks, described))
         stack.enter_context(console)
         yield Run(
             config=config,
@@ -326,10 +327,10 @@ def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def describe(model: CausalLM) -> str:
+def describe(model: CausalLM, device: str) -> str:
     """The policy in a few words."""
     num_params = sum(p.numel() for p in model.parameters())
-    where = f"{model.dtype} on {model.device}".removeprefix("torch.")
+    where = f"{model.dtype} on {device}".removeprefix("torch.")
     return f"{model.config.model_type}, {num_params / 1e6:.1f}M parameters, {where}"
 
 
