@@ -23,13 +23,14 @@ from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, lora, tiny
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
+from fastgrpo.parts import Run
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import Plan, device_memory, make_plan
 from fastgrpo.ranks import Ranks, started_by_torchrun
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.samplers import make_exchange, make_sampler
-from fastgrpo.trainer import Run
 from fastgrpo.types import LogprobContract, SamplingParams
+from fastgrpo.unfinished import Unfinished
 from fastgrpo.warm_start import cached_path, store, warm_start
 
 QUICKSTART_CONTEXT = 256
@@ -218,11 +219,13 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
+        unfinished = Unfinished(config.sampling.max_new_tokens)
         state: dict[str, Any] = {"step": 0, "num_nonfinite": 0}
         if checkpoint is not None:
             state = checkpoint.run_state()
             learner.load(checkpoint.learner)
             stream.load_state_dict(state["stream"])
+            unfinished.load_state_dict(state["unfinished"], prompts.train)
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
         if config.resume != "no":
             checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
@@ -257,6 +260,7 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
             sampling=sampling,
             contract=contract,
             stream=stream,
+            unfinished=unfinished,
             eval_prompts=prompts.eval,
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             learner=learner,

@@ -269,11 +269,13 @@ class LearnerConfig:
     tp: int = 1
     """megatron: ranks over which every matrix and the vocabulary are cut (tensor parallel)."""
     pp: int = 1
-    """megatron: stages of consecutive layers (pipeline parallel); the ranks that tp x pp leaves are data parallel."""
+    """megatron: stages of consecutive layers (pipeline parallel); ranks beyond tp x cp x pp are data parallel."""
     vpp: int = 1
     """megatron: virtual stages on each pipeline rank."""
     sp: bool = False
     """megatron: cut norms and residuals along the tokens too (sequence parallel)."""
+    cp: int = 1
+    """megatron: cut a micro-batch's rows over this many ranks (context parallel), for sequences too long for one."""
     ep: int = 1
     """megatron: deal a layer's experts over this many of a stage's tp x data-parallel ranks (expert parallel)."""
     max_tokens_per_microbatch: int = 16384
@@ -285,6 +287,11 @@ class LearnerConfig:
     KV cache would not fit beside them (`fastgrpo plan` says so)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+
+    @property
+    def ranks_a_copy(self) -> int:
+        """Processes that compute a micro-batch together; those of a run beyond them are data parallel."""
+        return self.tp * self.cp * self.pp
 
 
 @dataclass(kw_only=True)
@@ -305,6 +312,12 @@ class SamplerConfig:
     max_restarts: int = 2
     """vllm: how often a failed engine is rebuilt, and the rollout drawn again with the same seeds, before the run
     stops."""
+    oversample: float = 0.0
+    """Draw this share of a step's prompts more, go on once train.prompts_per_step groups are complete, and finish the
+    others in later steps: no step waits for the longest completion, and none is thrown away. Their first tokens are
+    then of older policies (docs/objective.md)."""
+    round_tokens: int = 256
+    """oversample: tokens a completion gets between looks at what is complete; a divisor of sampling.max_new_tokens."""
     bucket_mb: int = 256
     """Weights that learner and sampler do not share move in buckets of at most this size."""
     proof: str = "sampled"

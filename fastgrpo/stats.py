@@ -40,6 +40,21 @@ def of_rewards(groups: list[ScoredGroup], failures: Mapping[str, int]) -> dict[s
     }
 
 
+def of_staleness(groups: list[ScoredGroup], policy_version: int) -> dict[str, float]:
+    """How many updates older than the newest policy the one was that drew a token."""
+    versions = [
+        torch.full_like(rollout.token_ids, rollout.policy_version)
+        if rollout.token_versions is None
+        else rollout.token_versions
+        for group in groups
+        for rollout in group.group.rollouts
+    ]
+    if not versions:
+        return {}
+    age = policy_version - torch.cat(versions)
+    return {"staleness/mean": age.float().mean().item(), "staleness/max": age.max().item()}
+
+
 def of_updates(results: list[StepResult], *, comparable: bool) -> dict[str, float]:
     """The mean over a step's updates; `updates/skipped` counts those that a non-finite value cancelled.
 

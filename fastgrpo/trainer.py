@@ -2,74 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastgrpo import stats
-from fastgrpo.algorithms.advantages import compare, is_constant, soften_overlong, token_advantages
+from fastgrpo.algorithms.advantages import compare, soften_overlong, token_advantages
 from fastgrpo.algorithms.aggregation import token_weights
 from fastgrpo.algorithms.importance import importance_weights
 from fastgrpo.algorithms.reference import policy_share
-from fastgrpo.checkpoint import Checkpoints
-from fastgrpo.config import Config, UserError
-from fastgrpo.console import Console
-from fastgrpo.data import PromptStream, packing
+from fastgrpo.config import UserError
+from fastgrpo.data import packing
 from fastgrpo.evaluate import samples_of, summarize
-from fastgrpo.kernels.objective import Objective
-from fastgrpo.learner.protocol import Learner
-from fastgrpo.metrics import Ledger, MetricsLog, Sample
-from fastgrpo.phases import Phases
-from fastgrpo.ranks import Ranks
-from fastgrpo.rewards.scoring import Rewards
-from fastgrpo.sampler.protocol import Sampler
+from fastgrpo.metrics import Sample
+from fastgrpo.parts import Run
+from fastgrpo.rollout import collect, draw, score
 from fastgrpo.seeding import derive_seed
 from fastgrpo.signals import StopRequest
-from fastgrpo.types import LogprobContract, PackedBatch, Prompt, RolloutGroup, SamplingParams, ScoredGroup, StepResult
-from fastgrpo.weights import Exchange
+from fastgrpo.types import PackedBatch, ScoredGroup, StepResult
 
 NUM_SHOWN_GROUPS = 2
-
-
-@dataclass(kw_only=True)
-class Run:
-    """Everything the loop works with; fastgrpo/assemble.py makes one from a configuration."""
-
-    config: Config
-    run_dir: Path
-    objective: Objective
-    sampling: SamplingParams
-    contract: LogprobContract
-    """What the sampler's logprobs mean, checked against the objective."""
-    stream: PromptStream
-    eval_prompts: list[Prompt]
-    decode: Callable[[Tensor], str]
-    learner: Learner
-    sampler: Sampler | None
-    """None on ranks that do not sample."""
-    sampling_ranks: Ranks
-    """Where this process stands among those that sample; its data ranks each draw their share of a step."""
-    exchange: Exchange
-    phases: Phases
-    """Whose turn it is to hold the memory."""
-    rewards: Rewards | None
-    """None but on the leaders among sampling_ranks."""
-    log: MetricsLog | None
-    """None but on the main rank."""
-    console: Console
-    ledger: Ledger
-    checkpoints: Checkpoints
-    export: Callable[[Path], None]
-    """Writes the policy as a Hugging Face directory."""
-    step: int = 0
-    """The last step that is done."""
-    num_nonfinite: int = 0
-    """Updates skipped in a row."""
 
 
 def train(run: Run, stop: StopRequest) -> None:
@@ -98,53 +52,6 @@ def share(run: Run) -> None:
     with run.ledger("share"):
         run.phases.enter("share")
         run.exchange.share()
-
-
-def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
-    """Sample and score this step's groups; with dynamic sampling, until enough of them have something to compare."""
-    config, wanted = run.config.algorithm, run.config.train.prompts_per_step
-    groups: list[ScoredGroup] = []
-    sampled: list[ScoredGroup] = []
-    counts: Counter[str] = Counter()
-    for attempt in range(1 + config.max_resamples * config.dynamic_sampling):
-        prompts = run.stream.take(wanted - len(groups))
-        seed = derive_seed(run.config.seed, "rollout", run.step, attempt)
-        scored, failures = sample_and_score(run, prompts, config.group_size, run.sampling, seed)
-        sampled += scored
-        counts += failures
-        groups += [g for g in scored if not (config.dynamic_sampling and is_constant(g.rewards))]
-        if len(groups) == wanted or not config.dynamic_sampling:
-            break
-    return groups, {**stats.of_rewards(sampled, counts), "groups/used": len(groups)}
-
-
-def sample_and_score(
-    run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
-) -> tuple[list[ScoredGroup], Counter[str]]:
-    """The prompts' groups in their order, and the reward functions' failures, on every rank.
-
-    Each data rank does its share; a group stays whole, so nothing that compares siblings needs another rank.
-    """
-    ranks = run.sampling_ranks
-    mine = range(ranks.data_rank, len(prompts), ranks.num_data_ranks)
-    scored: list[tuple[int, ScoredGroup]] = []
-    failures: Counter[str] = Counter()
-    drawn: list[RolloutGroup] = []
-    with run.ledger("share"):
-        run.phases.enter("rollout")
-    if run.sampler is not None:
-        with run.ledger("generate"):
-            drawn = run.sampler.generate([prompts[i] for i in mine], num_samples, params, seed)
-    if run.rewards is not None:
-        with run.ledger("reward"):
-            result = run.rewards.score(drawn, run.decode)
-        place = {id(group): i for i, group in zip(mine, drawn, strict=True)}
-        scored = [(place[id(group.group)], group) for group in result.groups]
-        failures.update({name: int(n) for name, n in result.metrics.items() if name in stats.FAILURES})
-    with run.ledger("generate"):  # waiting for the slowest rank is part of generating
-        parts = ranks.gather((scored, failures))
-    everything = sorted((entry for part, _ in parts for entry in part), key=lambda entry: entry[0])
-    return [group for _, group in everything], sum((counts for _, counts in parts), Counter())
 
 
 def relate(run: Run, groups: list[ScoredGroup]) -> list[ScoredGroup]:
@@ -274,7 +181,7 @@ def evaluate_if_due(run: Run) -> dict[str, float]:
     )
     prompts, seed = run.eval_prompts[: config.num_prompts], derive_seed(run.config.seed, "eval")
     with run.ledger("eval"), run.ledger.all_as("eval"):
-        groups, failures = sample_and_score(run, prompts, config.num_samples, params, seed)
+        groups, failures = score(run, draw(run, prompts, config.num_samples, params, seed))
         metrics, shown = summarize(groups, failures, run.decode, step)
     show(run, shown)
     return metrics
@@ -292,7 +199,11 @@ def record(run: Run, row: dict[str, float], *, last: bool) -> None:
     if run.step and (last or (every and run.step % every == 0)):
         with run.ledger("checkpoint"):
             run.phases.enter("train")  # what was offloaded is part of the state
-            state = {"stream": run.stream.state_dict(), "num_nonfinite": run.num_nonfinite}
+            state = {
+                "stream": run.stream.state_dict(),
+                "unfinished": run.unfinished.state_dict(),
+                "num_nonfinite": run.num_nonfinite,
+            }
             prepared = run.checkpoints.prepare(run.step, run.learner.save, state)
     row = {"step": run.step, **row, **run.phases.row(), **run.ledger.step()}
     if "tokens" in row:

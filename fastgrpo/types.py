@@ -85,7 +85,9 @@ class Rollout:
     finish_reason: FinishReason
     """stop: ended by a stop token; length: cut at max_new_tokens."""
     policy_version: int
-    """Optimizer steps the policy had taken when it was sampled."""
+    """Optimizer steps the policy had taken when its last token was sampled."""
+    token_versions: Tensor | None = None
+    """(R,) int64: the same for every token, where a completion took several steps to draw; else None."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,8 @@ _AT_LEAST: dict[str, float] = {
     "train.max_nonfinite_updates": 1,
     "learner.max_tokens_per_microbatch": 1,
     "sampler.max_sequences": 1,
+    "sampler.oversample": 0,
+    "sampler.round_tokens": 1,
     "sampler.tp": 1,
     "sampler.max_restarts": 0,
     "sampler.bucket_mb": 1,
@@ -220,8 +222,24 @@ def _sampler(config: Config) -> None:
             "sampler.tp", sampler.tp, f"it does not divide the job's {num_ranks} processes; start others with torchrun"
         )
     share = sampler.gpu_memory_utilization
+    if sampler.oversample > 0:
+        _oversampling(config)
     if share is not None and not 0 < share <= 1:
         refuse("sampler.gpu_memory_utilization", share, "use a share above 0 and at most 1, or null")
+
+
+def _oversampling(config: Config) -> None:
+    sampler, sampling = config.sampler, config.sampling
+    if config.algorithm.dynamic_sampling:
+        refuse("sampler.oversample", sampler.oversample, "algorithm.dynamic_sampling draws again by itself; use one")
+    if sampling.min_new_tokens:
+        refuse("sampling.min_new_tokens", sampling.min_new_tokens, "sampler.oversample draws in rounds; use 0")
+    if sampling.max_new_tokens % sampler.round_tokens:
+        refuse(
+            "sampler.round_tokens",
+            sampler.round_tokens,
+            f"with sampler.oversample use a divisor of sampling.max_new_tokens={sampling.max_new_tokens}",
+        )
 
 
 def _places(config: Config) -> None:
@@ -241,5 +259,10 @@ def _warnings(config: Config) -> list[str]:
         warnings.append(
             f"algorithm.group_size={algorithm.group_size}: the standard deviation of fewer than 4 rewards is noise; "
             "consider algorithm.advantage=mean or a larger group"
+        )
+    if config.sampler.oversample > 0 and algorithm.importance_level == "none":
+        warnings.append(
+            f"sampler.oversample={config.sampler.oversample}: tokens of older policies are learned from as if the "
+            "newest had drawn them; set algorithm.importance_level=token to weigh them"
         )
     return warnings

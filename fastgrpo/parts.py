@@ -1,0 +1,62 @@
+"""Everything the loop works with, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fastgrpo.checkpoint import Checkpoints
+from fastgrpo.config import Config
+from fastgrpo.console import Console
+from fastgrpo.data import PromptStream
+from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.protocol import Learner
+from fastgrpo.metrics import Ledger, MetricsLog
+from fastgrpo.phases import Phases
+from fastgrpo.ranks import Ranks
+from fastgrpo.rewards.scoring import Rewards
+from fastgrpo.sampler.protocol import Sampler
+from fastgrpo.types import LogprobContract, Prompt, SamplingParams
+from fastgrpo.unfinished import Unfinished
+from fastgrpo.weights import Exchange
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything the loop works with; fastgrpo/assemble.py makes one from a configuration."""
+
+    config: Config
+    run_dir: Path
+    objective: Objective
+    sampling: SamplingParams
+    contract: LogprobContract
+    """What the sampler's logprobs mean, checked against the objective."""
+    stream: PromptStream
+    unfinished: Unfinished
+    """Completions that go on in the next step; always empty with sampler.oversample=0."""
+    eval_prompts: list[Prompt]
+    decode: Callable[[Tensor], str]
+    learner: Learner
+    sampler: Sampler | None
+    """None on ranks that do not sample."""
+    sampling_ranks: Ranks
+    """Where this process stands among those that sample; its data ranks each draw their share of a step."""
+    exchange: Exchange
+    phases: Phases
+    """Whose turn it is to hold the memory."""
+    rewards: Rewards | None
+    """None but on the leaders among sampling_ranks."""
+    log: MetricsLog | None
+    """None but on the main rank."""
+    console: Console
+    ledger: Ledger
+    checkpoints: Checkpoints
+    export: Callable[[Path], None]
+    """Writes the policy as a Hugging Face directory."""
+    step: int = 0
+    """The last step that is done."""
+    num_nonfinite: int = 0
+    """Updates skipped in a row."""

@@ -1,0 +1,89 @@
+"""A step's completions: drawn by every data rank for its share of the prompts, scored, and known to all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from fastgrpo import stats
+from fastgrpo.algorithms.advantages import is_constant
+from fastgrpo.parts import Run
+from fastgrpo.seeding import derive_seed
+from fastgrpo.types import Prompt, RolloutGroup, SamplingParams, ScoredGroup
+
+
+def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
+    """Sample and score this step's groups; with dynamic sampling, until enough of them have something to compare."""
+    config, wanted = run.config.algorithm, run.config.train.prompts_per_step
+    groups: list[ScoredGroup] = []
+    sampled: list[ScoredGroup] = []
+    counts: Counter[str] = Counter()
+    for attempt in range(1 + config.max_resamples * config.dynamic_sampling):
+        seed = derive_seed(run.config.seed, "rollout", run.step, attempt)
+        if run.config.sampler.oversample > 0:
+            drawn = draw_in_rounds(run, wanted, seed)
+        else:
+            drawn = draw(run, run.stream.take(wanted - len(groups)), config.group_size, run.sampling, seed)
+        scored, failures = score(run, drawn)
+        sampled += scored
+        counts += failures
+        groups += [g for g in scored if not (config.dynamic_sampling and is_constant(g.rewards))]
+        if len(groups) == wanted or not config.dynamic_sampling:
+            break
+    row = {**stats.of_rewards(sampled, counts), "groups/used": len(groups)}
+    if run.config.sampler.oversample > 0:
+        row |= stats.of_staleness(sampled, run.learner.policy_version) | {"groups/unfinished": len(run.unfinished)}
+    return groups, row
+
+
+def draw_in_rounds(run: Run, wanted: int, seed: int) -> list[RolloutGroup]:
+    """The first `wanted` groups to be complete, of more that are drawn; the others go on in the next step.
+
+    A round gives every unfinished completion sampler.round_tokens more tokens, so a step waits for the slowest of
+    `wanted` groups and not for the slowest of all. Nothing is thrown away: a group that takes long is learned from
+    later, and by then its first tokens are of older policies (Rollout.token_versions).
+    """
+    config, unfinished = run.config, run.unfinished
+    in_flight = round(wanted * (1 + config.sampler.oversample))
+    fresh = run.stream.take(max(0, in_flight - len(unfinished)))
+    params = replace(run.sampling, max_new_tokens=config.sampler.round_tokens)
+    number = 0
+    while fresh or unfinished.num_complete < wanted:
+        pending = unfinished.continuations()
+        unfinished.extend(draw(run, pending, 1, params, derive_seed(seed, "round", number)))
+        unfinished.add(draw(run, fresh, config.algorithm.group_size, params, derive_seed(seed, "begin")))
+        fresh, number = [], number + 1
+    return unfinished.take(wanted)
+
+
+def draw(run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int) -> list[RolloutGroup]:
+    """The prompts' groups, in their order, on every rank."""
+    with run.ledger("share"):
+        run.phases.enter("rollout")
+    ranks = run.sampling_ranks
+    with run.ledger("generate"):  # waiting for the slowest rank is part of generating
+        mine: list[RolloutGroup] = []
+        if run.sampler is not None:
+            mine = run.sampler.generate(prompts[ranks.data_rank :: ranks.num_data_ranks], num_samples, params, seed)
+        parts = ranks.gather(mine)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))]
+
+
+def score(run: Run, groups: list[RolloutGroup]) -> tuple[list[ScoredGroup], Counter[str]]:
+    """The groups with their rewards, and the reward functions' failures, on every rank; groups may be dropped."""
+    ranks = run.sampling_ranks
+    mine = range(ranks.data_rank, len(groups), ranks.num_data_ranks)
+    found: list[tuple[int, dict[str, Any]]] = []
+    failures: Counter[str] = Counter()
+    with run.ledger("reward"):
+        if run.rewards is not None:
+            result = run.rewards.score([groups[i] for i in mine], run.decode)
+            place = {id(groups[i]): i for i in mine}
+            # Every rank has the groups; only what was found out about them is sent.
+            found = [(place[id(scored.group)], {**vars(scored), "group": None}) for scored in result.groups]
+            failures.update({name: int(n) for name, n in result.metrics.items() if name in stats.FAILURES})
+        parts = ranks.gather((found, failures))
+    everything = sorted((entry for part, _ in parts for entry in part), key=lambda entry: entry[0])
+    scored_groups = [ScoredGroup(**{**fields, "group": groups[i]}) for i, fields in everything]
+    return scored_groups, sum((counts for _, counts in parts), Counter())

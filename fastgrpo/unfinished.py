@@ -1,0 +1,142 @@
+"""Groups whose completions take more than one step to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastgrpo.types import Prompt, Rollout, RolloutGroup
+
+
+class Unfinished:
+    """Groups in flight, oldest first. A group is complete when each of its completions has ended or is at its limit.
+
+    Example, with a limit of 1024 tokens and rounds of 256:
+        unfinished.add(sampler.generate(prompts, 8, params, seed))                          # up to 256 tokens each
+        unfinished.extend(sampler.generate(unfinished.continuations(), 1, params, seed))    # up to 256 more
+        groups = unfinished.take(32)
+    """
+
+    def __init__(self, max_new_tokens: int) -> None:
+        self.max_new_tokens = max_new_tokens
+        self._groups: list[RolloutGroup] = []
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @property
+    def num_complete(self) -> int:
+        return sum(self._is_complete(group) for group in self._groups)
+
+    def add(self, groups: Iterable[RolloutGroup]) -> None:
+        """Take in groups that have just begun."""
+        self._groups += [
+            replace(group, rollouts=tuple(_with_versions(rollout) for rollout in group.rollouts)) for group in groups
+        ]
+
+    def continuations(self) -> list[Prompt]:
+        """Every unfinished completion as a prompt of its own: the question and what has been drawn so far."""
+        prompts = []
+        for number, group in enumerate(self._groups):
+            for sample, rollout in enumerate(group.rollouts):
+                if self._goes_on(rollout):
+                    token_ids = torch.cat([group.prompt.token_ids, rollout.token_ids])
+                    name = f"{number}/{sample}/{group.prompt.prompt_id}"
+                    prompts.append(replace(group.prompt, prompt_id=name, token_ids=token_ids))
+        return prompts
+
+    def extend(self, more: list[RolloutGroup]) -> None:
+        """Take in one sample of each of `continuations()`, in their order."""
+        parts = iter(more)
+        self._groups = [
+            replace(
+                group,
+                rollouts=tuple(
+                    _joined(rollout, next(parts).rollouts[0]) if self._goes_on(rollout) else rollout
+                    for rollout in group.rollouts
+                ),
+            )
+            for group in self._groups
+        ]
+        assert next(parts, None) is None
+
+    def take(self, wanted: int) -> list[RolloutGroup]:
+        """Remove and return the `wanted` oldest complete groups."""
+        complete = [group for group in self._groups if self._is_complete(group)][:wanted]
+        taken = {id(group) for group in complete}
+        self._groups = [group for group in self._groups if id(group) not in taken]
+        return complete
+
+    def _goes_on(self, rollout: Rollout) -> bool:
+        return rollout.finish_reason == "length" and len(rollout.token_ids) < self.max_new_tokens
+
+    def _is_complete(self, group: RolloutGroup) -> bool:
+        return not any(self._goes_on(rollout) for rollout in group.rollouts)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Everything in flight, as JSON holds it: float32 survives Python's float64 unchanged."""
+        return [
+            {
+                "prompt_id": group.prompt.prompt_id,
+                "rollouts": [
+                    {
+                        "token_ids": rollout.token_ids.tolist(),
+                        "sampler_logprobs": rollout.sampler_logprobs.tolist(),
+                        "token_versions": _versions(rollout).tolist(),
+                        "finish_reason": rollout.finish_reason,
+                        "policy_version": rollout.policy_version,
+                    }
+                    for rollout in group.rollouts
+                ],
+            }
+            for group in self._groups
+        ]
+
+    def load_state_dict(self, state: list[dict[str, Any]], prompts: Iterable[Prompt]) -> None:
+        """Go on with what `state_dict` told, of these prompts."""
+        by_id = {prompt.prompt_id: prompt for prompt in prompts} if state else {}
+        self._groups = [
+            RolloutGroup(
+                prompt=by_id[group["prompt_id"]],
+                rollouts=tuple(_loaded(group["prompt_id"], rollout) for rollout in group["rollouts"]),
+            )
+            for group in state
+        ]
+
+
+def _versions(rollout: Rollout) -> torch.Tensor:
+    assert rollout.token_versions is not None
+    return rollout.token_versions
+
+
+def _with_versions(rollout: Rollout) -> Rollout:
+    return replace(rollout, token_versions=torch.full_like(rollout.token_ids, rollout.policy_version))
+
+
+def _joined(begun: Rollout, more: Rollout) -> Rollout:
+    more = _with_versions(more)
+    return replace(
+        begun,
+        token_ids=torch.cat([begun.token_ids, more.token_ids]),
+        loss_mask=torch.cat([begun.loss_mask, more.loss_mask]),
+        sampler_logprobs=torch.cat([begun.sampler_logprobs, more.sampler_logprobs]),
+        token_versions=torch.cat([_versions(begun), _versions(more)]),
+        finish_reason=more.finish_reason,
+        policy_version=more.policy_version,
+    )
+
+
+def _loaded(prompt_id: str, state: dict[str, Any]) -> Rollout:
+    token_ids = torch.tensor(state["token_ids"], dtype=torch.int64)
+    return Rollout(
+        prompt_id=prompt_id,
+        token_ids=token_ids,
+        loss_mask=torch.ones(len(token_ids), dtype=torch.bool),
+        sampler_logprobs=torch.tensor(state["sampler_logprobs"], dtype=torch.float32),
+        finish_reason=state["finish_reason"],
+        policy_version=state["policy_version"],
+        token_versions=torch.tensor(state["token_versions"], dtype=torch.int64),
+    )

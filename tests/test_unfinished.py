@@ -1,0 +1,151 @@
+"""Completions that take several steps: their bookkeeping, and runs that oversample."""
+
+import json
+
+import torch
+from builders import small_run
+
+from fastgrpo.assemble import assemble
+from fastgrpo.main import compose, with_shorthands
+from fastgrpo.metrics import read_jsonl
+from fastgrpo.ranks import join_job
+from fastgrpo.rollout import collect, draw
+from fastgrpo.signals import StopRequest
+from fastgrpo.trainer import train
+from fastgrpo.types import Prompt, Rollout, RolloutGroup
+from fastgrpo.unfinished import Unfinished
+
+
+def rollout(prompt_id, tokens, reason, version):
+    return Rollout(
+        prompt_id=prompt_id,
+        token_ids=torch.tensor(tokens),
+        loss_mask=torch.ones(len(tokens), dtype=torch.bool),
+        sampler_logprobs=-0.1 * torch.tensor(tokens, dtype=torch.float32),
+        finish_reason=reason,
+        policy_version=version,
+    )
+
+
+def group(name, *rollouts, version=0):
+    prompt = Prompt(prompt_id=name, token_ids=torch.tensor([7, 8]), text=name)
+    return RolloutGroup(prompt=prompt, rollouts=tuple(rollout(name, *r, version) for r in rollouts))
+
+
+def begun():
+    """Limit 4, rounds of 2: one group is complete after its first, the other waits for its second completion."""
+    unfinished = Unfinished(max_new_tokens=4)
+    unfinished.add([group("slow", ([1], "stop"), ([2, 3], "length")), group("fast", ([4, 5], "stop"), ([6], "stop"))])
+    return unfinished
+
+
+def test_a_complete_group_is_taken_and_the_other_goes_on():
+    unfinished = begun()
+    assert (len(unfinished), unfinished.num_complete) == (2, 1)
+    assert [g.prompt.prompt_id for g in unfinished.take(2)] == ["fast"]
+    (prompt,) = unfinished.continuations()
+    assert prompt.token_ids.tolist() == [7, 8, 2, 3]
+    unfinished.extend([group(prompt.prompt_id, ([9, 1], "length"), version=5)])
+    assert unfinished.continuations() == []  # at its limit
+    (done,) = unfinished.take(2)
+    assert len(unfinished) == 0
+    first, second = done.rollouts
+    assert first.token_versions.tolist() == [0]
+    assert second.token_ids.tolist() == [2, 3, 9, 1]
+    assert second.token_versions.tolist() == [0, 0, 5, 5]
+    torch.testing.assert_close(second.sampler_logprobs, torch.tensor([-0.2, -0.3, -0.9, -0.1]))
+    assert (second.finish_reason, second.policy_version, second.prompt_id) == ("length", 5, "slow")
+    assert second.loss_mask.all()
+
+
+def test_the_oldest_complete_groups_come_first():
+    unfinished = Unfinished(max_new_tokens=2)
+    unfinished.add([group(name, ([1], "stop")) for name in "abc"])
+    assert [g.prompt.prompt_id for g in unfinished.take(2)] == ["a", "b"]
+    assert [g.prompt.prompt_id for g in unfinished.take(2)] == ["c"]
+
+
+def test_what_is_in_flight_survives_json_bit_by_bit():
+    unfinished, other = begun(), Unfinished(max_new_tokens=4)
+    state = json.loads(json.dumps(unfinished.state_dict()))
+    other.load_state_dict(
+        state, [Prompt(prompt_id=n, token_ids=torch.tensor([7, 8]), text=n) for n in ("fast", "slow")]
+    )
+    assert other.state_dict() == unfinished.state_dict()
+    for mine, theirs in zip(unfinished.take(9), other.take(9), strict=True):
+        assert torch.equal(mine.rollouts[0].sampler_logprobs, theirs.rollouts[0].sampler_logprobs)
+    assert [p.token_ids.tolist() for p in other.continuations()] == [[7, 8, 2, 3]]
+
+
+OVERSAMPLED = ("sampler.oversample=0.5", "sampler.round_tokens=2", "algorithm.importance_level=token", "eval.every=0")
+
+
+def options_of(tiny_qwen2, *more):
+    return small_run(tiny_qwen2, *OVERSAMPLED, "train.learning_rate=0.02", "sampling.max_new_tokens=16", *more)
+
+
+def trained(options):
+    config, _ = compose("train", with_shorthands([*options, "run.console=none"]))
+    with assemble(config, join_job()) as run:
+        train(run, StopRequest(print))
+        return run, read_jsonl(run.run_dir / "metrics.jsonl")
+
+
+def test_every_group_that_is_begun_is_learned_from_once(workplace, tiny_qwen2):
+    config, _ = compose("train", with_shorthands([*options_of(tiny_qwen2), "run.console=none"]))
+    with assemble(config, join_job()) as run:
+        learned, begun_in = [], {}
+        for step in range(1, 7):
+            run.step = step
+            run.learner.policy_version = run.sampler.policy_version = step
+            groups, row = collect(run)
+            assert len(groups) == 4
+            assert len(run.unfinished) == row["groups/unfinished"] == 2  # 4 taken of the 6 in flight
+            for g in groups:
+                assert {len(g.group.rollouts), len(g.rewards)} == {4}
+                begun_in[g.group.prompt.prompt_id] = min(int(r.token_versions[0]) for r in g.group.rollouts)
+                for r in g.group.rollouts:
+                    assert len(r.token_ids) == len(r.token_versions) == len(r.sampler_logprobs) <= 16
+                    assert r.token_versions.tolist() == sorted(r.token_versions.tolist())
+                    assert r.finish_reason == "stop" or len(r.token_ids) == 16
+            learned += [g.group.prompt.prompt_id for g in groups]
+            assert row["staleness/max"] == max(step - r.token_versions[0] for g in groups for r in g.group.rollouts)
+        assert len(set(learned)) == len(learned) == 24
+        assert set(begun_in.values()) >= {1, 2, 3}
+        taken = run.stream.state_dict()["position"]
+        assert taken == len(learned) + len(run.unfinished)  # nothing is thrown away
+
+
+def test_a_continuation_is_drawn_from_the_same_distribution(workplace, tiny_qwen2):
+    """Where each round's tokens are the policy's own, the learner finds the sampler's logprobs in the joined whole."""
+    config, _ = compose("train", with_shorthands([*options_of(tiny_qwen2), "run.console=none"]))
+    with assemble(config, join_job()) as run:
+        run.step = 1
+        groups, _ = collect(run)
+        for g in groups:
+            for r in g.group.rollouts:
+                ids = torch.cat([g.group.prompt.token_ids, r.token_ids])
+                scored = run.sampler.score(ids)[len(g.group.prompt.token_ids) - 1 :]
+                torch.testing.assert_close(scored, r.sampler_logprobs, atol=2e-5, rtol=0)
+        assert draw(run, [], 1, run.sampling, 0) == []
+
+
+def test_a_run_that_oversamples_resumes_bit_by_bit(workplace, tiny_qwen2):
+    options = options_of(tiny_qwen2, "checkpoint.every=1", "checkpoint.keep=9", "train.num_steps=4")
+    _, whole = trained(options)
+    assert max(row["staleness/max"] for row in whole[1:]) >= 1
+    assert whole[-1]["importance/mean"] != 1.0
+    trained([*options, "run.dir=other"])
+    _, again = trained([*options, "run.dir=other", "resume=other/checkpoints/step-000002"])
+
+    def without_clock(rows):
+        return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tokens_"))} for row in rows]
+
+    assert without_clock(whole) == without_clock(again)
+
+
+def test_without_oversampling_nothing_is_in_flight(workplace, tiny_qwen2):
+    run, rows = trained(small_run(tiny_qwen2, "train.num_steps=1", "eval.every=0"))
+    assert len(run.unfinished) == 0
+    assert "staleness/mean" not in rows[-1]
+    assert all(r.token_versions is None for g in collect(run)[0] for r in g.group.rollouts)
