@@ -180,7 +180,7 @@ def make_learner(
     device, dtype = device_of(config)
     megatron = MegatronLearner.from_pretrained(
         path,
-        Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp, ep=learner.ep),
+        Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp, cp=learner.cp, ep=learner.ep),
         train,
         num_updates=num_updates,
         reference=needs_reference,
@@ -356,7 +356,9 @@ def batch_algebra(config: Config, prompts: PromptSets, num_ranks: int, model: st
         ("run", f"{train.num_steps} steps, written to {config.run.dir}"),
     ]
     if num_ranks > 1:
-        copies = num_ranks // (config.learner.tp * config.learner.pp)
-        cut = f"tp={config.learner.tp} x pp={config.learner.pp} x {copies} data parallel"
+        learner = config.learner
+        copies = num_ranks // learner.ranks_a_copy
+        cut = f"tp={learner.tp} x pp={learner.pp}" + (f" x cp={learner.cp}" if learner.cp > 1 else "")
+        cut += f" x {copies} data parallel" + (f", experts over ep={learner.ep}" if learner.ep > 1 else "")
         lines.insert(1, ("ranks", f"{num_ranks} = {cut}; {sequences / copies:g} sequences each"))
     return lines

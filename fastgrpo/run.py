@@ -105,7 +105,7 @@ def plan_only(config: Config) -> tuple[Plan, str]:
     else:
         model_config = hf.load_config(config.model.path)
     plan = plan_memory(config, model_config, prompts)
-    num_ranks = config.cluster.num_ranks or config.learner.tp * config.learner.pp
+    num_ranks = config.cluster.num_ranks or config.learner.ranks_a_copy
     model = f"{model_config.model_type}, {Shape.of(model_config).num_parameters() / 1e6:.1f}M parameters"
     lines = batch_algebra(config, prompts, num_ranks, model)
     algebra = "\n".join(f"{label:<14}{value}" for label, value in lines)

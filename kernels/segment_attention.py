@@ -13,10 +13,12 @@ Letters: T packed rows, K segments, B blocks of L rows in one call, A query head
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from fastgrpo.kernels.row_share import RowShare
 
 aten = torch.ops.aten
 
@@ -101,7 +103,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    """One batched dense attention: which packed rows are its queries and its keys."""
+    """One batched dense attention: which rows are its queries and its keys."""
 
     q_rows: Tensor
     """(B*L,) rows, padded by repeating each block's last row."""
@@ -119,29 +121,43 @@ class SegmentPlan:
     segments: (K, 4) int64 on the CPU: start, end, prefix_start, prefix_end (equal where there is no prefix). Segments
     do not overlap and cover [0, T). Segments of like length share one batched call; the padding this needs is at most
     an eighth and stays inside the call.
+    share: the rows that this context-parallel rank computes; None for all of them. The plan then takes the queries of
+    those rows and the keys and values of all, gathered one rank's after the other's; a cut segment sees what is before
+    the cut as one more prefix.
 
     Raises ValueError where a prefix is not in the batch's rows.
     """
 
-    def __init__(self, segments: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(self, segments: Tensor, device: torch.device | str = "cpu", share: RowShare | None = None) -> None:
         rows: list[tuple[int, int, int, int]] = [tuple(row) for row in segments.tolist()]
         self.num_rows = max(end for _, end, _, _ in rows)
+        self.num_queries = self.num_rows if share is None else self.num_rows // share.num_ranks
         for _, _, prefix_start, prefix_end in rows:
             if not 0 <= prefix_start <= prefix_end <= self.num_rows:
                 raise ValueError(f"segments: prefix [{prefix_start}, {prefix_end}) is outside [0, {self.num_rows})")
-        self.own = [
-            _causal_call([row[:2] for row in bucket], device)
-            for bucket in _buckets(rows, lambda row: (_padded(row[1] - row[0]),))
-        ]
+        own: list[tuple[int, int]] = []
+        # What of its segment and of its prefix a query sees beside its own piece, each key range with its queries. The
+        # two are apart, so that no call holds a query twice.
+        earlier: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         sharers: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-        for start, end, prefix_start, prefix_end in rows:
-            if prefix_end > prefix_start and end > start:
-                sharers[prefix_start, prefix_end].append((start, end))
+        for first, last in ((0, self.num_rows),) if share is None else share.ranges:
+            for start, end, prefix_start, prefix_end in rows:
+                begin, stop = max(start, first), min(end, last)
+                if begin >= stop:
+                    continue
+                own.append((begin, stop))
+                if start < begin:
+                    earlier[start, begin].append((begin, stop))
+                if prefix_start < prefix_end:
+                    sharers[prefix_start, prefix_end].append((begin, stop))
+        buckets = _buckets(own, lambda piece: (_padded(piece[1] - piece[0]),))
+        self.own = [_placed(_causal_call(bucket), share, device) for bucket in buckets]
         # Keys cannot be padded without a mask, so only prefixes of the very same length share a call.
         self.prefix = [
-            _prefix_call(bucket, device)
+            _placed(_prefix_call(bucket), share, device)
+            for seen in (earlier, sharers)
             for bucket in _buckets(
-                list(sharers.items()),
+                list(seen.items()),
                 lambda item: (item[0][1] - item[0][0], _padded(sum(end - start for start, end in item[1]))),
             )
         ]
@@ -160,26 +176,36 @@ def _buckets(items, key):
     return list(found.values())
 
 
-def _padded_rows(blocks: list[Tensor], device) -> tuple[Tensor, Tensor | None]:
+def _padded_rows(blocks: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     longest = max(len(block) for block in blocks)
     if all(len(block) == longest for block in blocks):
-        return torch.cat(blocks).to(device), None
+        return torch.cat(blocks), None
     rows = torch.stack([torch.cat([b, b[-1:].expand(longest - len(b))]) for b in blocks])
     valid = torch.cat([torch.arange(len(b)) + i * longest for i, b in enumerate(blocks)])
-    return rows.flatten().to(device), valid.to(device)
+    return rows.flatten(), valid
 
 
-def _causal_call(ranges: list[tuple[int, int]], device) -> _Call:
-    blocks = [torch.arange(start, end) for start, end in ranges if end > start]
-    rows, valid = _padded_rows(blocks, device)
-    return _Call(q_rows=rows, q_valid=valid, kv_rows=rows, num_blocks=len(blocks), causal=True)
+def _causal_call(ranges: list[tuple[int, int]]) -> _Call:
+    rows, valid = _padded_rows([torch.arange(start, end) for start, end in ranges])
+    return _Call(q_rows=rows, q_valid=valid, kv_rows=rows, num_blocks=len(ranges), causal=True)
 
 
-def _prefix_call(bucket, device) -> _Call:
+def _prefix_call(bucket) -> _Call:
     queries = [torch.cat([torch.arange(start, end) for start, end in ranges]) for _, ranges in bucket]
-    rows, valid = _padded_rows(queries, device)
-    keys = torch.cat([torch.arange(start, end) for (start, end), _ in bucket]).to(device)
+    rows, valid = _padded_rows(queries)
+    keys = torch.cat([torch.arange(start, end) for (start, end), _ in bucket])
     return _Call(q_rows=rows, q_valid=valid, kv_rows=keys, num_blocks=len(bucket), causal=False)
+
+
+def _placed(call: _Call, share: RowShare | None, device) -> _Call:
+    """The call on the device, its packed rows turned into those of this rank's queries and of the gathered keys."""
+    q_rows, kv_rows = call.q_rows, call.kv_rows
+    if share is not None:
+        held = torch.empty(share.num_rows, dtype=torch.int64)
+        held[share.rows] = torch.arange(len(share.rows))
+        q_rows, kv_rows = held[q_rows], share.gathered[kv_rows]
+    valid = None if call.q_valid is None else call.q_valid.to(device)
+    return replace(call, q_rows=q_rows.to(device), kv_rows=kv_rows.to(device), q_valid=valid)
 
 
 # --- the differentiable op --------------------------------------------------------------------------------------------
@@ -253,11 +279,12 @@ def _forward_call(call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) ->
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, *, scale: float) -> Tensor:
     """Attention over packed segments with shared prefixes.
 
-    q: (T, A, D); k, v: (T, C, D), A a multiple of C; one dtype (float64, float32, bfloat16, float16).
-    Returns (T, A, D). Deterministic on a CPU. Exact: equals a dense softmax under the segments' mask.
+    q: (T, A, D), or the plan's share of these rows; k, v: (T, C, D), A a multiple of C; one dtype (float64, float32,
+    bfloat16, float16). Returns q's shape. Deterministic on a CPU. Exact: a dense softmax under the segments' mask.
 
     Raises ValueError where the plan was made for another number of rows.
     """
-    if q.shape[0] != plan.num_rows:
-        raise ValueError(f"q has {q.shape[0]} rows but the plan's segments cover {plan.num_rows}")
+    for name, x, planned in (("q", q, plan.num_queries), ("k", k, plan.num_rows), ("v", v, plan.num_rows)):
+        if x.shape[0] != planned:
+            raise ValueError(f"{name} has {x.shape[0]} rows but the plan is for {planned}")
     return _SegmentAttention.apply(q, k, v, plan, scale)

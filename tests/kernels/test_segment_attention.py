@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastgrpo.kernels.row_share import RowShare
 from fastgrpo.kernels.segment_attention import (
     SegmentPlan,
     _dense_backward,
@@ -78,6 +79,33 @@ def test_the_generic_path_equals_the_cpu_kernel(causal):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ranks_that_share_the_rows_compute_what_one_computes(name, num_ranks):
+    segments = LAYOUTS[name]
+    num_rows = int(segments[:, 1].max())
+    total = -(-num_rows // (2 * num_ranks)) * 2 * num_ranks
+    if total > num_rows:
+        segments = torch.cat([segments, torch.tensor([[num_rows, total, 0, 0]])])
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(total, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    grad = torch.randn(total, 4, 8, dtype=torch.float64)
+    whole = segment_attention(q, k, v, SegmentPlan(segments), scale=0.3)
+    shares = [RowShare(num_rows=total, num_ranks=num_ranks, rank=rank) for rank in range(num_ranks)]
+    order = torch.cat([share.rows for share in shares])
+    assert sorted(order.tolist()) == list(range(total))
+    assert torch.equal(order[shares[0].gathered], torch.arange(total))
+    parts = [
+        segment_attention(q[share.rows], k[order], v[order], SegmentPlan(segments, share=share), scale=0.3)
+        for share in shares
+    ]
+    for share, part in zip(shares, parts, strict=True):
+        torch.testing.assert_close(part, whole[share.rows], atol=1e-13, rtol=1e-13)
+    expected = torch.autograd.grad(whole, (q, k, v), grad)
+    found = torch.autograd.grad(parts, (q, k, v), [grad[share.rows] for share in shares])
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
 def test_repetition_is_bitwise_equal():
     segments = LAYOUTS["ragged"]
     q, k, v = (torch.randn(int(segments[:, 1].max()), 2, 8, requires_grad=True) for _ in range(3))
@@ -89,7 +117,7 @@ def test_repetition_is_bitwise_equal():
 
 
 def test_rows_of_another_batch_are_refused():
-    with pytest.raises(ValueError, match="q has 3 rows but the plan's segments cover 2"):
+    with pytest.raises(ValueError, match="q has 3 rows but the plan is for 2"):
         segment_attention(*(torch.zeros(3, 1, 8) for _ in range(3)), SegmentPlan(torch.tensor([[0, 2, 0, 0]])), scale=1)
     with pytest.raises(ValueError, match="prefix"):
         SegmentPlan(torch.tensor([[0, 2, 5, 9]]))

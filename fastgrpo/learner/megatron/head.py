@@ -56,6 +56,8 @@ def scored_rows(hidden: Tensor, batch: PackedBatch, parallel: Parallel) -> Tenso
     if parallel.layout.sp:
         # Backward reduce-scatters: it sums the ranks' shares of the gradient, so the head must not.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    if parallel.layout.cp > 1:  # all ranks' rows, for the scored tokens are shared out anew, evenly
+        hidden = gather_from_sequence_parallel_region(hidden, group=parallel.cp_group)
     return hidden[:, 0].index_select(0, batch.hidden_rows)
 
 

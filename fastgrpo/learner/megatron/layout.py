@@ -29,15 +29,15 @@ class Layout:
     sp: bool = False
     """Sequence parallel: norms and residuals are cut along the tokens over the tp ranks."""
     cp: int = 1
-    """Context parallel; not supported yet."""
+    """Context parallel: a micro-batch's rows are cut over this many ranks, which gather keys and values to attend."""
     ep: int = 1
     """Expert parallel: a layer's experts are dealt over this many of a stage's ranks, whole. They are the ranks of
     tensor and data parallelism, so it takes no further ones. At 1, experts are cut over tp as other matrices are."""
 
     @property
     def num_model_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tp * self.pp
+        """Ranks that compute a micro-batch together: they hold the model, cp times over."""
+        return self.tp * self.cp * self.pp
 
     @property
     def expert_tp(self) -> int:
@@ -48,6 +48,7 @@ class Layout:
         parts = [f"tp={self.tp}", f"pp={self.pp}"]
         parts += [f"vpp={self.vpp}"] if self.vpp > 1 else []
         parts += ["sp=true"] if self.sp else []
+        parts += [f"cp={self.cp}"] if self.cp > 1 else []
         parts += [f"ep={self.ep}"] if self.ep > 1 else []
         return " ".join(parts)
 
@@ -77,8 +78,6 @@ def _problem(layout: Layout, architecture: Architecture, world_size: int) -> str
 
 
 def _contradiction(layout: Layout) -> str | None:
-    if layout.cp > 1:
-        return f"learner.cp={layout.cp}: context parallelism is not supported; use 1"
     if layout.sp and layout.tp == 1:
         return "learner.sp=true: sequence parallelism cuts tokens over tensor-parallel ranks, and learner.tp=1"
     if layout.vpp > 1 and layout.pp == 1:
@@ -118,9 +117,11 @@ def _expert_misfit(layout: Layout, architecture: Architecture) -> str | None:
 
 def _wrong_world(layout: Layout, world_size: int) -> str | None:
     if world_size % layout.num_model_ranks:
+        sizes = [f"learner.{name}={getattr(layout, name)}" for name in ("tp", "pp")]
+        sizes += [f"learner.cp={layout.cp}"] if layout.cp > 1 else []
         return (
-            f"learner.tp={layout.tp} x learner.pp={layout.pp} = {layout.num_model_ranks} ranks a model: does not "
-            f"divide the {world_size} processes of this run"
+            f"{' x '.join(sizes)} = {layout.num_model_ranks} ranks a model: does not divide the {world_size} processes "
+            "of this run"
         )
     if world_size // layout.pp % layout.ep:
         return f"learner.ep={layout.ep}: does not divide the {world_size // layout.pp} processes of a pipeline stage"
@@ -134,13 +135,14 @@ def _suggest(layout: Layout, architecture: Architecture, world_size: int) -> str
 
 
 def _possible(layout: Layout, architecture: Architecture, world_size: int) -> Iterator[Layout]:
-    """Every (tp, pp) that works here, with as much of the rest as was asked for."""
+    """Every (tp, pp), with (cp, ep) where asked for, that works here, with as much of the rest as was asked for."""
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
     eps = [ep for ep in sizes if architecture.num_experts % ep == 0] if architecture.num_experts else [1]
-    for tp, pp, ep in itertools.product(sizes, sizes, eps if layout.ep > 1 else [1]):
+    cps = sizes if layout.cp > 1 else [1]
+    for tp, pp, cp, ep in itertools.product(sizes, sizes, cps, eps if layout.ep > 1 else [1]):
         sp = tp > 1 and (layout.sp or architecture.num_experts > 0)
         for vpp in (max(1, layout.vpp) if pp > 1 else 1, 1):
-            candidate = replace(layout, tp=tp, pp=pp, vpp=vpp, sp=sp, cp=1, ep=ep)
+            candidate = replace(layout, tp=tp, pp=pp, vpp=vpp, sp=sp, cp=cp, ep=ep)
             if _problem(candidate, architecture, world_size) is None:
                 yield candidate
                 break
@@ -150,7 +152,7 @@ def _distance(wanted: Layout, other: Layout) -> tuple[float, float, int]:
     """Ranks a model first (its memory), then how far each size is from the one asked for, in doublings."""
     return (
         abs(_log2(wanted.num_model_ranks) - _log2(other.num_model_ranks)),
-        sum(abs(_log2(getattr(wanted, name)) - _log2(getattr(other, name))) for name in ("tp", "pp", "ep")),
+        sum(abs(_log2(getattr(wanted, name)) - _log2(getattr(other, name))) for name in ("tp", "pp", "cp", "ep")),
         -other.tp,
     )
 

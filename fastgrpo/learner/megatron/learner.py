@@ -26,7 +26,7 @@ from fastgrpo.learner.megatron.convert import Read
 from fastgrpo.learner.megatron.cpu import megatron_on_cpu
 from fastgrpo.learner.megatron.hf_weights import from_directory
 from fastgrpo.learner.megatron.layout import Layout, data_parallel_size
-from fastgrpo.learner.megatron.microbatch import MicroBatch, prepare
+from fastgrpo.learner.megatron.microbatch import MicroBatch, prepare, scored_share
 from fastgrpo.learner.megatron.model import HiddenStatesModel, build
 from fastgrpo.learner.megatron.optimizer import Optimizer
 from fastgrpo.learner.megatron.sums import reduce_sums
@@ -116,13 +116,14 @@ class MegatronLearner:
             chunk.train()
 
         def loss_of(model: HiddenStatesModel, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
+            batch, _ = scored_share(batch, self.parallel, whole_sequences=objective.ratio_level == "sequence")
             output = head.policy_loss(model, hidden, batch, objective, self.parallel)
             if batch.num_scored:
                 sums.add(output, batch)
             return output.loss, torch.ones((), dtype=torch.int), {}
 
         with megatron_on_cpu():
-            self._run(self.ddp, prepare(batches, self.parallel.layout, self.device), loss_of)
+            self._run(self.ddp, prepare(batches, self.parallel, self.device), loss_of)
         return sums
 
     # --- looking ----------------------------------------------------------------------------------------------------
@@ -132,16 +133,18 @@ class MegatronLearner:
         """See Learner.logprobs."""
         chunks = self.reference if reference else self.policy
         assert chunks is not None, "no reference model was loaded"
-        results: list[Tensor] = []
+        result = torch.zeros(batch.num_scored, device=self.device)
 
         def keep(model: HiddenStatesModel, batch: PackedBatch, hidden: Tensor, **_: Any) -> None:
-            results.append(head.logprobs(model, hidden, batch, temperature, self.parallel))
+            share, place = scored_share(batch, self.parallel, whole_sequences=False)
+            result[place] = head.logprobs(model, hidden, share, temperature, self.parallel)
 
         for chunk in chunks:
             chunk.eval()
         with megatron_on_cpu():
-            self._run(chunks, prepare([batch], self.parallel.layout, self.device), keep, forward_only=True)
-        result = results[0] if results else torch.empty(batch.num_scored, device=self.device)
+            self._run(chunks, prepare([batch], self.parallel, self.device), keep, forward_only=True)
+        if self.parallel.layout.cp > 1:
+            dist.all_reduce(result, group=self.parallel.cp_group)  # every rank has filled its share
         if self.parallel.layout.pp > 1:
             dist.broadcast(result, src=self.parallel.last_stage, group=self.parallel.pp_group)
         return result.cpu()

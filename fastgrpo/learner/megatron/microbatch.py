@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgrpo.kernels.row_share import RowShare
 from fastgrpo.kernels.segment_attention import SegmentPlan
-from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.model import SegmentParams
+from fastgrpo.learner.megatron.parallel import Parallel
 from fastgrpo.types import PackedBatch
+
+SCORED_FIELDS = (
+    "hidden_rows",
+    "targets",
+    "advantages",
+    "token_weights",
+    "sampler_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "importance_weights",
+)
 
 
 @dataclass(frozen=True)
@@ -23,14 +35,14 @@ class MicroBatch:
     packed: SegmentParams
 
 
-def prepare(batches: Iterable[PackedBatch], layout: Layout, device: torch.device) -> list[MicroBatch]:
+def prepare(batches: Iterable[PackedBatch], parallel: Parallel, device: torch.device) -> list[MicroBatch]:
     """The batches, ready for a schedule, followed by empty ones where it needs more.
 
     A schedule runs at least one micro-batch, and the interleaved one a multiple of the pipeline's stages. Empty
     micro-batches score nothing, so data-parallel ranks may hold different numbers of batches, also none. With experts
     dealt over data-parallel ranks too, all run as many as the one with most: collective over all ranks then.
     """
-    listed = list(batches)
+    listed, layout = list(batches), parallel.layout
     multiple = layout.pp if layout.vpp > 1 else 1
     count = max(1, len(listed))
     if layout.ep > 1:
@@ -38,12 +50,24 @@ def prepare(batches: Iterable[PackedBatch], layout: Layout, device: torch.device
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         count = int(most)
     missing = -(-count // multiple) * multiple - len(listed)
-    return [_ready(batch, layout, device) for batch in [*listed, *[empty_batch()] * missing]]
+    return [_ready(batch, parallel, device) for batch in [*listed, *[empty_batch()] * missing]]
 
 
-def _ready(batch: PackedBatch, layout: Layout, device: torch.device) -> MicroBatch:
-    batch = pad_rows(batch, layout.tp if layout.sp else 1).to(device)
-    return MicroBatch(batch, SegmentParams(plan=SegmentPlan(batch.segments, device)))
+def _ready(batch: PackedBatch, parallel: Parallel, device: torch.device) -> MicroBatch:
+    """Under context parallelism the batch holds this rank's share of the rows, and hidden_rows, still for all scored
+    tokens, are those of the ranks' hidden states gathered one after the other."""
+    layout, share = parallel.layout, None
+    batch = pad_rows(batch, (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1))
+    segments = batch.segments
+    if layout.cp > 1:
+        share = RowShare(num_rows=batch.num_tokens, num_ranks=layout.cp, rank=parallel.cp_rank)
+        batch = replace(
+            batch,
+            token_ids=batch.token_ids[share.rows],
+            position_ids=batch.position_ids[share.rows],
+            hidden_rows=share.gathered[batch.hidden_rows],
+        )
+    return MicroBatch(batch.to(device), SegmentParams(plan=SegmentPlan(segments, device, share)))
 
 
 def pad_rows(batch: PackedBatch, multiple: int) -> PackedBatch:
@@ -62,6 +86,26 @@ def pad_rows(batch: PackedBatch, multiple: int) -> PackedBatch:
 
 def _append(tensor: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([tensor, rows.to(tensor)])
+
+
+def scored_share(batch: PackedBatch, parallel: Parallel, *, whole_sequences: bool) -> tuple[PackedBatch, slice]:
+    """The part of the scored tokens whose loss this context-parallel rank computes, and where it is among all.
+
+    whole_sequences: cut only between sequences, for objectives that relate a sequence's tokens.
+    """
+    if parallel.layout.cp == 1:
+        return batch, slice(0, batch.num_scored)
+    edges = [batch.num_scored * rank // parallel.layout.cp for rank in range(parallel.layout.cp + 1)]
+    if whole_sequences:
+        starts = batch.cu_scored
+        edges = [int(starts[(starts - edge).abs().argmin()]) for edge in edges]
+    first, last = edges[parallel.cp_rank], edges[parallel.cp_rank + 1]
+    part = {
+        f.name: value[first:last]
+        for f in fields(batch)
+        if f.name in SCORED_FIELDS and (value := getattr(batch, f.name)) is not None
+    }
+    return replace(batch, cu_scored=batch.cu_scored.clamp(first, last) - first, **part), slice(first, last)
 
 
 def empty_batch() -> PackedBatch:

@@ -2,6 +2,7 @@
 
 Letters: T packed rows, H hidden, A query heads, C key/value heads, D head size (A, C per tensor-parallel rank).
 Under sequence parallelism the residual stream holds T / tp rows on each rank; attention always sees all T.
+Under context parallelism T is this rank's share of the packed rows everywhere, and only keys and values are gathered.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -64,11 +66,13 @@ class SegmentAttention(nn.Module):
 
     def __init__(self, *, config: TransformerConfig, softmax_scale: float, **_: Any) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1
         self.scale = softmax_scale
+        self.cp_group = parallel_state.get_context_parallel_group()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, *, packed_seq_params, **_: Any) -> Tensor:
-        """q (T, 1, A, D), k and v (T, 1, C, D), rotated -> (T, 1, A*D)."""
+        """q (T, 1, A, D), k and v (T, 1, C, D), rotated -> (T, 1, A*D), of this rank's rows where cp cuts them."""
+        if self.cp_group.size() > 1:  # backward reduce-scatters: every rank's queries have a share in the gradient
+            k, v = (gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (k, v))
         out = segment_attention(q[:, 0], k[:, 0], v[:, 0], packed_seq_params.plan, scale=self.scale)
         return out.flatten(1)[:, None]
 
@@ -174,6 +178,7 @@ def _transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
         params_dtype=dtype,
         pipeline_dtype=dtype,

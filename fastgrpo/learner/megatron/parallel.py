@@ -25,9 +25,13 @@ class Parallel:
     tp_group: Any
     pp_rank: int
     pp_group: Any
+    cp_rank: int
+    cp_group: Any
     dp_size: int
     dp_rank: int
-    dp_group: Any
+    dp_cp_rank: int
+    dp_cp_group: Any
+    """The ranks that hold the same part of the model: those of data and of context parallelism."""
     ep_rank: int
     ep_group: Any
     expert_dp_rank: int
@@ -46,7 +50,7 @@ class Parallel:
             num_ranks=dist.get_world_size(),
             data_rank=self.dp_rank,
             num_data_ranks=self.dp_size,
-            leads=self.tp_rank == 0 and self.pp_rank == 0,
+            leads=self.tp_rank == 0 and self.pp_rank == 0 and self.cp_rank == 0,
         )
 
     @property
@@ -77,6 +81,7 @@ def initialize(layout: Layout) -> Parallel:
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=layout.expert_tp,
             create_gloo_process_groups=False,
@@ -87,11 +92,12 @@ def initialize(layout: Layout) -> Parallel:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
     )
-    if made != (layout.tp, layout.pp, layout.vpp, layout.ep):
+    if made != (layout.tp, layout.pp, layout.vpp, layout.cp, layout.ep):
         raise ValueError(
-            f"this process already has the layout tp, pp, vpp, ep = {made}; call destroy() before [{layout}]"
+            f"this process already has the layout tp, pp, vpp, cp, ep = {made}; call destroy() before [{layout}]"
         )
     return Parallel(
         layout=layout,
@@ -99,9 +105,12 @@ def initialize(layout: Layout) -> Parallel:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_group=parallel_state.get_expert_model_parallel_group(),
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),

@@ -134,7 +134,7 @@ def _entries(chunks: list[HiddenStatesModel], parallel: Parallel) -> Iterator[_E
             boxes=boxes_of(name, architecture, place),
             pp_replica=int(name == HEAD and architecture.tied),
             tp_replica=parallel.tp_rank if is_replicated(name, architecture, place) else 0,
-            dp_replica=parallel.expert_dp_rank if is_expert(name) else parallel.dp_rank,
+            dp_replica=parallel.expert_dp_rank if is_expert(name) else parallel.dp_cp_rank,
         )
 
 

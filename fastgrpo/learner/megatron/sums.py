@@ -1,4 +1,4 @@
-"""An update's sums over all data-parallel ranks, known on every rank of the job."""
+"""An update's sums over all data- and context-parallel ranks, known on every rank of the job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = (*RECORDS, *MISMATCH_SUMS, *IMPORTANCE_SUMS)
 
 
 def reduce_sums(local: LossSums, parallel: Parallel, device: torch.device) -> LossSums:
-    """The sums of the whole update: added over data parallelism on the last stages, then sent along each pipeline.
+    """The sums of the whole update, added on the last stages over all who computed a part and sent along the pipelines.
 
     Which sums there are depends on the objective; ranks without a scored token have none, hence the presence flags.
     Collective over all ranks.
@@ -26,8 +26,8 @@ def reduce_sums(local: LossSums, parallel: Parallel, device: torch.device) -> Lo
     added = torch.cat([values, flags, count])
     largest = (zero if local.largest_mismatch is None else local.largest_mismatch).double().reshape(1)
     if parallel.is_last_stage:
-        dist.all_reduce(added, group=parallel.dp_group)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel.dp_group)
+        dist.all_reduce(added, group=parallel.dp_cp_group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel.dp_cp_group)
     both = torch.cat([added, largest])
     if parallel.layout.pp > 1:
         dist.broadcast(both, src=parallel.last_stage, group=parallel.pp_group)

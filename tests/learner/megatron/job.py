@@ -31,6 +31,7 @@ from scenario import (
 )
 
 from fastgrpo.config import UserError
+from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.megatron import convert, parallel
 from fastgrpo.learner.megatron.hf_weights import from_directory
 from fastgrpo.learner.megatron.layout import Layout
@@ -100,7 +101,7 @@ def slices_cover_once(learner: MegatronLearner, held: list[WeightSlice]) -> list
 
 
 def num_copies(learner: MegatronLearner, name: str, full_shape: tuple, start: tuple, shape: tuple) -> int:
-    layout, dp = learner.parallel.layout, learner.parallel.dp_size
+    layout, dp = learner.parallel.layout, learner.parallel.dp_size * learner.parallel.layout.cp
     if ".experts." in name:
         return layout.tp * dp // (layout.ep * layout.expert_tp)
     return dp * (layout.tp if shape == full_shape else 1)
@@ -122,8 +123,8 @@ def addresses(held: list[WeightSlice]) -> list[int]:
     return [s.tensor.data_ptr() for s in held]
 
 
-def gradients(learner: MegatronLearner, batches) -> dict[str, torch.Tensor]:
-    learner.accumulate(batches, OBJECTIVE)
+def gradients(learner: MegatronLearner, batches, objective: Objective = OBJECTIVE) -> dict[str, torch.Tensor]:
+    learner.accumulate(batches, objective)
     if learner.optimizer.is_distributed:  # each data-parallel rank has summed its own part
         groups = [g for chunk in learner.ddp for g in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)]
         for ranks, bucket in ((g.intra_distributed_optimizer_instance_group, b) for g in groups for b in g.buckets):
@@ -222,6 +223,18 @@ def reshard(directory: Path) -> list[dict[str, Any]]:
     return results
 
 
+def sequence_ratios(directory: Path) -> list[dict[str, torch.Tensor]]:
+    """Gradients of an objective that relates a sequence's tokens, with sequences whole on a rank and cut over two."""
+    found = []
+    for layout in (Layout(tp=2), Layout(cp=2)):
+        path = str(directory / RESHARDED_MODEL)
+        learner = MegatronLearner.from_pretrained(path, layout, TRAIN, num_updates=1, reference=True)
+        batches = with_logprobs(batches_of(True), learner)
+        found.append(gradients(learner, batches, replace(OBJECTIVE, ratio_level="sequence")))
+        parallel.destroy()
+    return found
+
+
 def bfloat16(directory: Path) -> dict[str, Any]:
     """Steps far below bfloat16's resolution, which only float32 masters can add up; then a save and a load."""
     config = replace(TRAIN, learning_rate=1e-5)
@@ -281,7 +294,11 @@ def odd_checkpoints(directory: Path) -> dict[str, Any]:
     return said
 
 
-EXTRAS = {1: {"bfloat16": bfloat16, "odd_checkpoints": odd_checkpoints}, 4: {"reshard": reshard}}
+EXTRAS = {
+    1: {"bfloat16": bfloat16, "odd_checkpoints": odd_checkpoints},
+    2: {"sequence_ratios": sequence_ratios},
+    4: {"reshard": reshard},
+}
 
 
 def meet(rank: int, num_processes: int, port_file: Path) -> dist.TCPStore:

@@ -48,6 +48,7 @@ QWEN3_30B_A3B = replace(
         (Layout(tp=8, sp=True), 8, 1),
         (Layout(tp=16), 16, 1),  # 8 key/value heads, each held twice
         (Layout(pp=7, vpp=2), 14, 2),
+        (Layout(tp=2, pp=2, cp=3), 24, 2),
     ],
 )
 def test_possible_layouts(layout, world_size, data_parallel):
@@ -94,10 +95,10 @@ def test_possible_layouts(layout, world_size, data_parallel):
             "possible with 2 processes: [tp=1 pp=1], [tp=2 pp=1], [tp=1 pp=2 vpp=2]",
         ),
         (
-            Layout(tp=2, cp=2),
+            Layout(tp=2, cp=3),
             4,
-            "learner.cp=2: context parallelism is not supported; use 1; "
-            "possible with 4 processes: [tp=2 pp=1], [tp=1 pp=2], [tp=4 pp=1]",
+            "learner.tp=2 x learner.pp=1 x learner.cp=3 = 6 ranks a model: does not divide the 4 processes of this "
+            "run; possible with 4 processes: [tp=2 pp=1 cp=2], [tp=1 pp=1 cp=4], [tp=4 pp=1]",
         ),
         (
             Layout(ep=2),

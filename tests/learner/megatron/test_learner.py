@@ -94,6 +94,12 @@ def test_all_ranks_return_the_same(case, jobs):
     assert jobs(case)["ranks_differ"] == []
 
 
+def test_ratios_of_whole_sequences_are_the_same_where_rows_are_cut(results_of):
+    whole, cut = results_of(2)["sequence_ratios"]
+    worst, name = largest_error(cut, whole)
+    assert worst <= TOLERANCE, name
+
+
 def test_the_scenario_exercises_what_it_claims(oracle):
     for model in {case.model for case in CASES}:
         expected = oracle(model)

@@ -1,11 +1,13 @@
 """Rows and micro-batches added for the schedule's sake: none of them is scored or seen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from scenario import batches_of
 
 from fastgrpo.learner.megatron.layout import Layout
-from fastgrpo.learner.megatron.microbatch import pad_rows, prepare
+from fastgrpo.learner.megatron.microbatch import pad_rows, prepare, scored_share
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ from fastgrpo.learner.megatron.microbatch import pad_rows, prepare
 )
 def test_empty_micro_batches_fill_what_the_schedule_wants(layout, given, run):
     batches = batches_of(True)[:given]
-    prepared = prepare(batches, layout, torch.device("cpu"))
+    prepared = prepare(batches, SimpleNamespace(layout=layout), torch.device("cpu"))
     assert len(prepared) == run
     assert [item.batch.num_scored for item in prepared[given:]] == [0] * (run - given)
     assert all(torch.equal(a.token_ids, b.batch.token_ids) for a, b in zip(batches, prepared, strict=False))
@@ -37,3 +39,42 @@ def test_padding_rows_are_a_segment_that_nothing_scores_or_sees():
     assert padded.hidden_rows.max() < batch.num_tokens
     assert padded.position_ids[-extra:].tolist() == list(range(extra))
     assert pad_rows(padded, 32) is padded
+
+
+@pytest.mark.parametrize("whole_sequences", [False, True])
+def test_context_parallel_ranks_share_out_the_scored_tokens(whole_sequences):
+    batch = batches_of(True)[0]
+    parts = []
+    for rank in range(3):
+        parallel = SimpleNamespace(layout=Layout(cp=3), cp_rank=rank)
+        part, place = scored_share(batch, parallel, whole_sequences=whole_sequences)
+        assert torch.equal(part.targets, batch.targets[place])
+        assert part.ref_logprobs is None
+        lengths = part.cu_scored.diff()
+        assert int(lengths.sum()) == part.num_scored
+        whole = batch.cu_scored.diff()
+        assert bool((lengths <= whole).all())
+        if whole_sequences:
+            assert all(a in (0, b) for a, b in zip(lengths.tolist(), whole.tolist(), strict=True))
+        else:
+            assert part.num_scored - batch.num_scored // 3 in (0, 1)
+        parts.append(part)
+    assert torch.equal(torch.cat([part.hidden_rows for part in parts]), batch.hidden_rows)
+    assert torch.equal(sum(part.cu_scored.diff() for part in parts), batch.cu_scored.diff())
+
+
+def test_ranks_hold_rows_of_about_equal_cost():
+    batch = batches_of(True)[0]
+    ready = []
+    for rank in range(2):
+        parallel = SimpleNamespace(layout=Layout(cp=2), cp_rank=rank)
+        (item,) = prepare([batch], parallel, torch.device("cpu"))
+        ready.append(item)
+    padded = pad_rows(batch, 4)
+    share = padded.num_tokens // 4
+    first, second, third, last = padded.token_ids.split(share)
+    assert torch.equal(ready[0].batch.token_ids, torch.cat([first, last]))
+    assert torch.equal(ready[1].batch.token_ids, torch.cat([second, third]))
+    gathered = torch.cat([item.batch.token_ids for item in ready])
+    for item in ready:
+        assert torch.equal(gathered[item.batch.hidden_rows], batch.token_ids[batch.hidden_rows])
