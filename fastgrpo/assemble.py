@@ -227,6 +227,9 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
             stream.load_state_dict(state["stream"])
             unfinished.load_state_dict(state["unfinished"], prompts.train)
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
+        sampler, sampling_ranks = make_sampler(config, learner, model, prompts, console.message)
+        if sampler is not None:
+            stack.callback(sampler.close)
         if config.resume != "no":
             checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
         log = None
@@ -240,9 +243,6 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
                 notify=console.message,
             )
             stack.enter_context(log)
-        sampler, sampling_ranks = make_sampler(config, learner, model, prompts, console.message)
-        if sampler is not None:
-            stack.callback(sampler.close)
         exchange = make_exchange(config, learner, sampler, prompts)
         plan = plan_memory(config, model.config, prompts)
         planned: dict[Phase, int] = {"train": plan.train, "rollout": plan.rollout} if plan.on_gpu else {}
