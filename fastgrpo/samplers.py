@@ -40,7 +40,11 @@ def make_sampler(
             f"sampler=vllm: {error.name} is not installed; pip install fastgrpo[vllm], or `make vllm` for a CPU"
         ) from None
     settings = _engine_settings(config, learner, model, prompts)
-    vllm = VLLMSampler(settings, learner.weight_slices, max_restarts=config.sampler.max_restarts, notify=notify)
+    try:
+        vllm = VLLMSampler(settings, learner.weight_slices, max_restarts=config.sampler.max_restarts, notify=notify)
+    except (ValueError, NotImplementedError) as error:  # what vLLM refuses, in pydantic's wrapping or without
+        reason = str(error).rpartition("Value error, ")[2].partition(" [type=")[0].strip().splitlines()[0]
+        raise UserError(f"sampler=vllm: it cannot run this model: {reason}; use sampler=torch") from error
     return vllm, vllm.ranks
 
 

@@ -107,7 +107,7 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def save_tiny_model(directory: Path, kind: str = "qwen2", *, max_length: int = 128) -> str:
+def save_tiny_model(directory: Path, kind: str = "qwen2", *, max_length: int = 128, **more) -> str:
     """A Hugging Face directory of a two-layer model with random weights and one token a byte; returns its path."""
     from transformers import AutoModelForCausalLM
 
@@ -118,6 +118,7 @@ def save_tiny_model(directory: Path, kind: str = "qwen2", *, max_length: int = 1
         max_position_embeddings=max_length,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **more,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -10,6 +10,7 @@ import glob
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Engine:
     """An LLMEngine whose parameters are the offered memory wherever that fits; see adopt.py."""
 
     def __init__(self, settings: EngineSettings, offered: list[WeightSlice]) -> None:
+        _check_supported(settings)
         self.adoption = Adoption(offered=offered)
         self._group_is_ours = dist.is_initialized()
         self._llm: LLMEngine | None = None
@@ -66,7 +68,7 @@ class Engine:
             _write_config(settings, Path(directory))
             try:
                 _make_cheap_to_start(settings)
-                with kept_process_state(), _shared_memory_names(), adopting(self.adoption):
+                with kept_process_state(), _shared_memory_names(), adopting(self.adoption), _without_warnings():
                     self._llm = LLMEngine.from_engine_args(_engine_args(settings, directory))
             except BaseException:
                 self.close()
@@ -126,6 +128,18 @@ class Engine:
             Path(file).unlink(missing_ok=True)
 
 
+def _check_supported(settings: EngineSettings) -> None:
+    """Raise ValueError for what would only fail in the first rollout."""
+    if settings.device == "cpu":
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        config = settings.config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        known = CPUAttentionBackend.get_supported_head_sizes()
+        if size not in known:
+            raise ValueError(f"on a CPU its attention has heads of {', '.join(map(str, known))}, but not of {size}")
+
+
 def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
     on_cpu = settings.device == "cpu"
     optional: dict[str, Any] = {}
@@ -174,6 +188,14 @@ def _write_config(settings: EngineSettings, directory: Path) -> None:
 
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(directory)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """vLLM looks through its own modules and so touches names of torch that are deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 # --- what belongs to the whole process ------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""`fastgrpo train sampler=vllm`, as users run it."""
+
+import shutil
+import signal
+import sys
+from functools import partial
+
+import pytest
+import torch
+from builders import save_tiny_model, small_run
+from processes import fastgrpo, signal_at
+
+from fastgrpo.metrics import read_jsonl
+
+WITHOUT_CLOCK = ("time/", "memory/", "tokens_per_second")
+
+
+def forget_vllm() -> None:
+    """As where it is not installed."""
+    sys.modules["vllm"] = None  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", hidden_size=128, head_dim=32)
+
+
+def settings(model: str, *more: str) -> list[str]:
+    return [
+        "train",
+        *small_run(model, reward="varied_if_odd"),
+        "sampler=vllm",
+        "train.num_steps=4",
+        "checkpoint.every=2",
+        *more,
+    ]
+
+
+def rows_of(run):
+    return [
+        {key: value for key, value in row.items() if not key.startswith(WITHOUT_CLOCK)}
+        for row in read_jsonl(run / "metrics.jsonl")
+    ]
+
+
+def test_a_killed_run_with_vllm_resumes_bit_for_bit(workplace, model):
+    ended = fastgrpo(*settings(model))
+    assert (ended.code, ended.err) == (0, "")
+    shutil.move("run", "undisturbed")
+    kill = partial(signal_at, "fastgrpo.trainer:improve", 3, signal.SIGKILL)
+    assert fastgrpo(*settings(model), install=kill).code == -signal.SIGKILL
+    assert fastgrpo(*settings(model, "resume=auto")).code == 0
+    run, undisturbed = workplace / "run", workplace / "undisturbed"
+    assert (run / "hf/model.safetensors").read_bytes() == (undisturbed / "hf/model.safetensors").read_bytes()
+    assert rows_of(run) == rows_of(undisturbed)
+    assert (run / "samples.jsonl").read_bytes() == (undisturbed / "samples.jsonl").read_bytes()
+    saved = [torch.load(d / "checkpoints/step-000004/learner/learner.pt") for d in (run, undisturbed)]
+    assert saved[0]["model"].keys() == saved[1]["model"].keys()
+    assert all(torch.equal(tensor, saved[1]["model"][name]) for name, tensor in saved[0]["model"].items())
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (
+            ["sampler.tp=3"],
+            "sampler.tp=3: it does not divide the job's 1 processes; start others with torchrun",
+        ),
+        (["sampler=torch", "sampler.tp=2"], "sampler.tp=2: sampler=torch is one model on one device; use sampler=vllm"),
+        (
+            ["sampler.gpu_memory_utilization=1.5"],
+            "sampler.gpu_memory_utilization=1.5: use a share above 0 and at most 1, or null",
+        ),
+        (["sampler.proof=some"], "sampler.proof=some: choose one of sampled, full"),
+        (["sampler.bucket_mb=0"], "sampler.bucket_mb=0: use a value of at least 1"),
+    ],
+)
+def test_impossible_settings_end_in_one_line(workplace, model, more, line):
+    ended = fastgrpo(*settings(model, *more))
+    assert (ended.code, ended.err) == (2, f"fastgrpo: {line}\n")
+
+
+def test_without_vllm_a_line_says_how_to_install_it(workplace, model):
+    ended = fastgrpo(*settings(model), install=forget_vllm)
+    line = "sampler=vllm: vllm is not installed; pip install fastgrpo[vllm], or `make vllm` for a CPU"
+    assert (ended.code, ended.err) == (2, f"fastgrpo: {line}\n")
+    assert not (workplace / "run" / "metrics.jsonl").exists()
+
+
+def test_a_model_that_vllm_cannot_run_ends_in_one_line(workplace, tiny_qwen2):
+    ended = fastgrpo(*settings(tiny_qwen2))  # heads of 8, which its attention on a CPU does not have
+    assert ended.code == 2
+    assert ended.err.startswith("fastgrpo: sampler=vllm: it cannot run this model: ")
+    assert ended.err.count("\n") == 1
