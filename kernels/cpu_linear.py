@@ -30,6 +30,20 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
+def can_pack(weight: Tensor) -> bool:
+    """Whether `pack` takes it: a float32 matrix on a CPU, where this torch holds oneDNN."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0 and is_available()
+
+
+def pack(weight: Tensor, num_rows: int) -> Tensor:
+    """A copy of weight (N, K) in the layout that oneDNN multiplies with, for `linear` without a gradient.
+
+    Otherwise every product brings it into that layout anew, a third of the time of one with 64 rows. num_rows: of most
+    products; others are right too.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,8 +66,11 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, differentiable once: (..., K), (N, K), (N,) -> (..., N).
 
-    float32 CPU tensors with enough rows go through oneDNN; everything else through torch.nn.functional.linear.
+    float32 CPU tensors with enough rows go through oneDNN, and all with a packed weight; everything else through
+    torch.nn.functional.linear.
     """
+    if weight.is_mkldnn:
+        return _product(x, weight, bias)
     num_rows, empty = math.prod(x.shape[:-1]), 0 in weight.shape  # a vocabulary shard may be nothing but padding
     if x.device.type != "cpu" or x.dtype != torch.float32 or num_rows < MIN_ROWS or empty or not is_available():
         return F.linear(x, weight, bias)

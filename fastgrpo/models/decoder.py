@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastgrpo.kernels.cpu_linear import CpuLinear, linear
+from fastgrpo.kernels.cpu_linear import CpuLinear, can_pack, linear, pack
 from fastgrpo.models.layers import add_norm, join, rms_norm, rotary, swiglu
 
 CausalLM: TypeAlias = Any
 """A transformers model with .model, .lm_head, .config and .device, which its stubs do not tell."""
 Projection: TypeAlias = Callable[[Tensor], Tensor]
+
+PACKED_LIMIT = 256 << 20
+"""Bytes of parameters up to which a decoder keeps packed copies: they are a second set of the weights."""
 
 
 class Attend(Protocol):
@@ -34,18 +37,24 @@ class Attend(Protocol):
         ...
 
 
-def project(layers: Sequence[Any]) -> Projection:
-    """The layers' outputs side by side, (T, inputs) -> (T, sum of outputs): one product where all are plain."""
+def project(layers: Sequence[Any], pack_for: int | None = None) -> Projection:
+    """The layers' outputs side by side, (T, inputs) -> (T, sum of outputs): one product where all are plain.
+
+    pack_for: multiply with packed copies, made for that many rows.
+    """
     if not all(type(layer) in (nn.Linear, CpuLinear) for layer in layers):
         return lambda x: torch.cat([layer(x) for layer in layers], -1)
+    weight = join([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else join([layer.bias for layer in layers])
-    return partial(linear, weight=join([layer.weight for layer in layers]), bias=bias)
+    if pack_for is not None and can_pack(weight):
+        weight = pack(weight, pack_for)
+    return partial(linear, weight=weight, bias=bias)
 
 
 class Layer:
     """One layer's parameters, ready to be multiplied with."""
 
-    def __init__(self, module: Any, config: Any) -> None:
+    def __init__(self, module: Any, config: Any, project: Callable[[list[Any]], Projection]) -> None:
         self.module, attention, mlp = module, module.self_attn, module.mlp
         self.qkv = project([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = project([attention.o_proj])
@@ -86,15 +95,34 @@ def _add_norm(stream: Tensor, change: Tensor | None, norm: Any) -> tuple[Tensor,
     return add_norm(stream, change, norm.weight, norm.variance_epsilon)
 
 
+class Decoder:
+    """A model's decoder and head, for one forward pass under autograd or for many while the parameters stand still.
+
+    pack_for: rows of most calls that follow, all without gradients. Then a model on a CPU multiplies with packed
+    copies of its matrices, if its parameters are no more than PACKED_LIMIT bytes.
+    """
+
+    def __init__(self, model: CausalLM, pack_for: int | None = None) -> None:
+        if pack_for is not None and sum(p.nbytes for p in model.parameters()) > PACKED_LIMIT:
+            pack_for = None
+        make = partial(project, pack_for=pack_for)
+        self.model = model.model
+        self.layers = [Layer(module, model.config, make) for module in model.model.layers]
+        self.logits = make([model.lm_head])
+        """(T, H) -> (T, V)."""
+
+    def hidden_states(self, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """The last layer's hidden states, normalised: (T,) token ids and positions -> (T, H)."""
+        stream, change = self.model.embed_tokens(token_ids), None
+        cos, sin = (x[0, :, None] for x in self.model.rotary_emb(stream, position_ids[None]))  # (T, 1, D)
+        for layer in self.layers:
+            if layer.module.gradient_checkpointing and layer.module.training and torch.is_grad_enabled():
+                stream, change = checkpoint(layer, stream, change, cos, sin, attend, use_reentrant=False)
+            else:
+                stream, change = layer(stream, change, cos, sin, attend)
+        return _add_norm(stream, change, self.model.norm)[1]
+
+
 def hidden_states(model: CausalLM, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
-    """The last layer's hidden states, normalised: (T,) token ids and positions -> (T, H)."""
-    decoder = model.model
-    stream, change = decoder.embed_tokens(token_ids), None
-    cos, sin = (x[0, :, None] for x in decoder.rotary_emb(stream, position_ids[None]))  # (T, 1, D)
-    for module in decoder.layers:
-        layer = Layer(module, model.config)
-        if module.gradient_checkpointing and module.training and torch.is_grad_enabled():
-            stream, change = checkpoint(layer, stream, change, cos, sin, attend, use_reentrant=False)
-        else:
-            stream, change = layer(stream, change, cos, sin, attend)
-    return _add_norm(stream, change, decoder.norm)[1]
+    """See Decoder.hidden_states."""
+    return Decoder(model).hidden_states(token_ids, position_ids, attend)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgrpo.kernels.cpu_linear import CpuLinear, is_available, linear, use_cpu_linear
+from fastgrpo.kernels.cpu_linear import CpuLinear, can_pack, is_available, linear, pack, use_cpu_linear
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,18 @@ def test_leading_dimensions_and_other_dtypes():
 @pytest.mark.parametrize(("inputs", "outputs"), [(0, 4), (6, 0)])
 def test_an_empty_side_is_a_product_too(inputs, outputs):
     assert torch.equal(linear(torch.ones(20, inputs), torch.ones(outputs, inputs)), torch.zeros(20, outputs))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 65])
+def test_a_packed_copy_multiplies_alike_for_any_number_of_rows(rows):
+    x, weight, bias = torch.randn(rows, 24), torch.randn(40, 24), torch.randn(40)
+    out = linear(x, pack(weight, 64), bias)
+    torch.testing.assert_close(out.double(), x.double() @ weight.double().T + bias, atol=1e-5, rtol=1e-5)
+
+
+def test_what_can_be_packed():
+    assert can_pack(torch.ones(3, 2))
+    assert not any(map(can_pack, (torch.ones(3, 2).double(), torch.ones(0, 2), torch.ones(3, 2, device="meta"))))
 
 
 def test_a_model_keeps_its_parameters_and_names():

@@ -5,8 +5,9 @@ import torch
 from builders import CONFIGS, make_model
 from torch import nn
 
+from fastgrpo.models import decoder
 from fastgrpo.models.attention import PackedAttention
-from fastgrpo.models.decoder import hidden_states
+from fastgrpo.models.decoder import Decoder, hidden_states
 from fastgrpo.models.hf import prepare
 
 IDS = torch.arange(2, 14)
@@ -31,6 +32,19 @@ def test_equals_hugging_faces_forward_and_gradient(kind, laid_out):
     expected = gradients(plain, theirs)
     for gradient, other in zip(gradients(model, mine), expected, strict=True):
         assert (gradient - other).norm() <= 2e-5 * torch.stack([g.norm() for g in expected]).max()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_packed_copies_compute_the_same_and_live_with_their_decoder(kind, monkeypatch):
+    model = prepare(make_model(kind))
+    with torch.no_grad():
+        packed = Decoder(model, pack_for=12)
+        assert packed.logits.keywords["weight"].is_mkldnn
+        found = packed.hidden_states(IDS, torch.arange(12), PackedAttention(SEGMENTS))
+        torch.testing.assert_close(found, hidden(model), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed.logits(found), model.lm_head(found), atol=1e-5, rtol=1e-5)
+        monkeypatch.setattr(decoder, "PACKED_LIMIT", 1000)
+        assert Decoder(model, pack_for=12).logits.keywords["weight"] is model.lm_head.weight
 
 
 def test_recomputed_activations_change_no_bit():
