@@ -21,6 +21,7 @@ from fastgrpo.learner.protocol import Learner
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, lora, tiny
+from fastgrpo.models.export import save_stream
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
 from fastgrpo.parts import Run
@@ -285,10 +286,12 @@ def export(path: Path, learner: Learner, model: CausalLM | Adapters, tokenizer: 
         if learner.ranks.is_main:
             hf.save_pretrained(model, tokenizer, path)
         return
-    weights = learner.named_weights()  # all ranks go through it together, and the main one keeps them
-    kept = [(name, tensor.cpu().clone()) for name, tensor in weights if learner.ranks.is_main]
+    weights = learner.named_weights()  # all ranks go through it together, and the main one writes
     if learner.ranks.is_main:
-        hf.save_pretrained(hf.filled(model, kept), tokenizer, path)
+        save_stream(model, tokenizer, weights, path)
+    else:
+        for _ in weights:
+            pass
 
 
 def _fresh_start(config: Config, run_dir: Path) -> int | None:

@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from fastgrpo.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+ALL_CONFIGS = {**CONFIGS, "qwen3_moe": Qwen3MoeConfig}
 VOCABULARY = 61
 
 
@@ -44,7 +45,9 @@ def small_shape(kind: str, **more):
         "max_position_embeddings": 128,
         "bos_token_id": None,
     }
-    return CONFIGS[kind](**fixed | more)
+    if kind == "qwen3_moe":
+        fixed |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return ALL_CONFIGS[kind](**fixed | more)
 
 
 def _widen_norms(model):

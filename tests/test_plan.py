@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import CONFIGS, make_model, small_run, small_shape
+from builders import ALL_CONFIGS, CONFIGS, make_model, small_run, small_shape
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fastgrpo.config import LoraConfig, UserError
@@ -21,7 +21,7 @@ GB = 10**9
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ALL_CONFIGS)
 def test_parameters_are_counted_exactly(kind, tied):
     model = make_model(kind, tied=tied)
     assert Shape.of(model.config).num_parameters() == sum(p.numel() for p in model.parameters())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -93,16 +91,6 @@ def load_skeleton(path: str, *, dtype: torch.dtype) -> CausalLM:
     with torch.device("meta"):
         model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config = _generation_config(_local_or_hub("model.path", path)) or model.generation_config
-    return model
-
-
-def filled(skeleton: CausalLM, weights: Iterable[tuple[str, Tensor]]) -> CausalLM:
-    """A model on the CPU with the skeleton's configuration and these weights, a tied head once."""
-    model: CausalLM = AutoModelForCausalLM.from_config(skeleton.config, dtype=skeleton.dtype)
-    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= set(model._tied_weights_keys or ()), missing
-    model.generation_config = skeleton.generation_config
     return model
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import CONFIGS, make_model
+from builders import ALL_CONFIGS, CONFIGS, make_model
 from torch import nn
 
 from fastgrpo.models import decoder
@@ -24,7 +24,7 @@ def gradients(model, out):
 
 
 @pytest.mark.parametrize("laid_out", [True, False])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ALL_CONFIGS)
 def test_equals_hugging_faces_forward_and_gradient(kind, laid_out):
     model, plain = make_model(kind), make_model(kind)
     mine, theirs = hidden(prepare(model) if laid_out else model), plain.model(IDS[None]).last_hidden_state[0]

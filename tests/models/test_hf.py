@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builders import CONFIGS, make_model
+from builders import ALL_CONFIGS, make_model
 from transformers import PreTrainedTokenizerFast
 
 from fastgrpo.config import UserError
@@ -19,7 +19,7 @@ def saved(tmp_path, kind="qwen2", **changes):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ALL_CONFIGS)
 def test_a_saved_directory_loads_bit_by_bit(tmp_path, kind):
     model = hf.load_model(saved(tmp_path, kind), device="cpu", dtype=torch.float32)
     for (name, mine), (_, theirs) in zip(model.named_parameters(), make_model(kind).named_parameters(), strict=True):
