@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, device: torch.device, table: Table) -> Non
         train,
         num_updates=1000,
         dtype=dtype,
-        recompute=args.recompute,
+        activation_checkpoint=args.activation_checkpoint,
     )
     batches = rollouts(args, config.vocab_size)
     mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
@@ -183,7 +183,7 @@ def main() -> None:
     for name in ("tp", "pp", "vpp"):
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--sp", action="store_true")
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--activation-checkpoint", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=256 if torch.cuda.is_available() else 32)

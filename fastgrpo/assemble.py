@@ -163,7 +163,7 @@ def make_learner(
         if adapters is not None and config.sampler.kind != "torch":
             adapters.keep_merged()
         reference = hf.prepare(copy.deepcopy(model)) if needs_reference and adapters is None else None
-        if learner.gradient_checkpointing:
+        if learner.activation_checkpoint == "full":
             model.gradient_checkpointing_enable()
         torch_learner = TorchLearner(model, train, num_updates=num_updates, reference=reference, adapters=adapters)
         return torch_learner, model, adapters
@@ -186,7 +186,9 @@ def make_learner(
         num_updates=num_updates,
         reference=needs_reference,
         dtype=dtype,
-        recompute=learner.gradient_checkpointing,
+        activation_checkpoint=learner.activation_checkpoint,
+        distributed_optimizer=learner.distributed_optimizer,
+        overlap_grad_reduce=learner.overlap_grad_reduce,
     )
     if config.sampler.kind == "torch":
         return megatron, hf.load_model(path, device=device, dtype=dtype), None

@@ -285,8 +285,13 @@ class LearnerConfig:
     offload: str = "auto"
     """auto | always | never: move optimizer state and gradients to the host while sampling.  auto: on a GPU, where the
     KV cache would not fit beside them (`fastgrpo plan` says so)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    activation_checkpoint: str = "none"
+    """none | selective (megatron: the backward pass computes feed-forwards again, but not attention) |
+    full (it computes whole layers again, of which only the inputs are kept; a third more time)."""
+    distributed_optimizer: bool = True
+    """megatron: each data-parallel rank keeps and steps its part of the optimizer's state; false: all of it on each."""
+    overlap_grad_reduce: bool = False
+    """megatron: sum gradients over data-parallel ranks while the backward pass goes on."""
 
     @property
     def ranks_a_copy(self) -> int:

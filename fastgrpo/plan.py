@@ -85,12 +85,16 @@ class Shape:
             return layers + vocabulary + self.hidden_size
         return layers + vocabulary * (1 if self.tied else 2) + self.hidden_size
 
-    def activation_bytes_per_token(self, size: int, tp: int = 1, *, sp: bool = False, megatron: bool = False) -> int:
+    def activation_bytes_per_token(
+        self, size: int, tp: int = 1, *, sp: bool = False, megatron: bool = False, selective: bool = False
+    ) -> int:
         """What autograd keeps of one token in one layer; `size` is the bytes of an element.
 
         A norm keeps its input and the float32 factor of each row; a product its input; attention q, k, v, its output
         and a float32 a head; silu(gate) * up its two inputs. Megatron's norms keep a float32 copy of their input too,
         and its SwiGLU, like that of experts, silu(gate). arXiv 2205.05198 counts GPT's layers the same way.
+
+        selective: feed-forwards are computed again, so that all that is kept of them is their input.
         """
         heads = self.num_heads + 2 * self.num_kv_heads
         wide = 4 if megatron else 0
@@ -99,7 +103,8 @@ class Shape:
         attention = ((heads + self.num_heads) * self.head_size * size + 4 * self.num_heads) // tp
         qk_norms = ((wide + size) * heads * self.head_size + 4 * heads) * self.qk_norm // tp
         factors = 4 if megatron or self.num_experts else 3
-        return norms + inputs + attention + qk_norms + factors * self.ffn_size * self.experts_per_token * size // tp
+        ffn = 0 if selective else factors * self.ffn_size * self.experts_per_token * size // tp
+        return norms + inputs + attention + qk_norms + ffn
 
     def kv_bytes_per_token(self, size: int, tp: int = 1) -> int:
         """Keys and values of one token in all layers."""
@@ -172,10 +177,16 @@ def make_plan(config: Config, model_config: Any, *, device_bytes: int, on_gpu: b
     else:
         size_trained = size
     is_megatron = learner.kind == "megatron"
-    per_token = shape.activation_bytes_per_token(size, learner.tp, sp=learner.sp, megatron=is_megatron)
+    per_token = shape.activation_bytes_per_token(
+        size,
+        learner.tp,
+        sp=learner.sp,
+        megatron=is_megatron,
+        selective=learner.activation_checkpoint == "selective",
+    )
     layers = -(-shape.num_layers // learner.pp)
     every_input = layers * shape.hidden_size * size
-    kept = every_input + per_token if learner.gradient_checkpointing else layers * per_token
+    kept = every_input + per_token if learner.activation_checkpoint == "full" else layers * per_token
     copies = max(1, (config.cluster.num_ranks or 1) // learner.ranks_a_copy)
     sequences = -(-train.prompts_per_step // copies) * config.algorithm.group_size
     in_flight = min(sequences, config.sampler.max_sequences)
@@ -260,7 +271,7 @@ def advice(plan: Plan) -> list[str]:
     if plan.train > plan.device_bytes:
         biggest = max(("activations", "optimizer", "weights"), key=lambda name: getattr(plan, name))
         mend = {
-            "activations": "lower learner.max_tokens_per_microbatch, or set learner.gradient_checkpointing",
+            "activations": "lower learner.max_tokens_per_microbatch, or set learner.activation_checkpoint=full",
             "optimizer": "raise learner.tp or learner.pp, or train adapters (model.lora.rank)",
             "weights": "raise learner.tp or learner.pp, or use algorithm.kl_coef=0, which needs no reference",
         }[biggest]

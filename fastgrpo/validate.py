@@ -41,6 +41,7 @@ def _choices(config: Config) -> None:
     _one_of("algorithm.reference.schedule", algorithm.reference.schedule, ("fixed", "refresh", "ema"))
     _one_of("train.lr_schedule", config.train.lr_schedule, ("constant", "linear", "cosine"))
     _one_of("learner.kind", config.learner.kind, ("torch", "megatron"))
+    _one_of("learner.activation_checkpoint", config.learner.activation_checkpoint, ("none", "selective", "full"))
     _one_of("learner.offload", config.learner.offload, ("auto", "always", "never"))
     _one_of("sampler.kind", config.sampler.kind, ("torch", "vllm"))
     _one_of("sampler.proof", config.sampler.proof, ("sampled", "full"))
@@ -133,6 +134,8 @@ def _combinations(config: Config) -> None:
             1,
             f"advantage={algorithm.advantage} compares a completion with its siblings; use 2 or more",
         )
+    if config.learner.kind == "torch" and config.learner.activation_checkpoint == "selective":
+        refuse("learner.activation_checkpoint", "selective", "learner=torch checkpoints whole layers; use full or none")
     if algorithm.advantage in ("std", "process") and algorithm.std_ddof >= algorithm.group_size:
         refuse("algorithm.std_ddof", algorithm.std_ddof, f"use less than algorithm.group_size={algorithm.group_size}")
     if train.prompts_per_step % train.num_minibatches:

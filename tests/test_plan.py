@@ -108,7 +108,7 @@ def test_adapters_are_counted_exactly():
 
 
 def test_recomputing_and_pipelines_change_the_activations():
-    plain, recomputed = plan_of(), plan_of("learner.gradient_checkpointing=true")
+    plain, recomputed = plan_of(), plan_of("learner.activation_checkpoint=full")
     assert recomputed.activations < 0.7 * plain.activations
     staged = plan_of("learner=megatron", "learner.pp=2")
     assert staged.activations == plan_of("learner=megatron").activations  # half the layers, two micro-batches in flight
@@ -140,7 +140,7 @@ def test_a_gpu_that_is_too_small_moves_the_optimizer_out():
     assert not large.fits
     assert advice(large) == [
         "does not fit: training needs 25 B more; lower learner.max_tokens_per_microbatch, or set "
-        "learner.gradient_checkpointing"
+        "learner.activation_checkpoint=full"
     ]
     assert "OPTIMIZER" not in table(tight)
 

@@ -58,7 +58,10 @@ def undisturbed(tiny_qwen2, tmp_path_factory):
 
 def without_clock(path: Path) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"}
+        for row in rows
+    ]
 
 
 def assert_same_run(run: Path, expected: Path) -> None:

@@ -57,15 +57,16 @@ class MegatronLearner:
         num_updates: int,
         reference: bool = False,
         dtype: torch.dtype = torch.float32,
-        recompute: bool = False,
+        activation_checkpoint: str = "none",
         distributed_optimizer: bool = True,
+        overlap_grad_reduce: bool = False,
     ) -> None:
         data_parallel_size(layout, architecture, dist.get_world_size() if dist.is_initialized() else 1)
         self.config, self.num_updates, self.policy_version = config, num_updates, 0
         self.parallel = parallel.initialize(layout)
         self.ranks = self.parallel.ranks
         with megatron_on_cpu():
-            self.policy = build(architecture, layout, dtype=dtype, recompute=recompute)
+            self.policy = build(architecture, layout, dtype=dtype, activation_checkpoint=activation_checkpoint)
             convert.load(self.policy, read, self.parallel)
             self.reference: list[HiddenStatesModel] | None = None
             if reference:
@@ -73,7 +74,12 @@ class MegatronLearner:
                 convert.load(self.reference, read, self.parallel)
                 for chunk in self.reference:
                     chunk.eval().requires_grad_(False)
-            self.ddp = [_data_parallel(chunk, distributed_optimizer) for chunk in self.policy]
+            self.ddp = _data_parallel(
+                self.policy,
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=distributed_optimizer,
+                overlap_grad_reduce=overlap_grad_reduce,
+            )
             self.optimizer = Optimizer(self.ddp, config, dtype)
         self.device = self.policy[0].inv_freq.device
         self._offload = Offload()
@@ -215,6 +221,12 @@ class MegatronLearner:
         self._offload.back()
 
 
-def _data_parallel(chunk: HiddenStatesModel, distributed_optimizer: bool) -> DistributedDataParallel:
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
-    return DistributedDataParallel(chunk.config, config, chunk)
+def _data_parallel(chunks: list[HiddenStatesModel], **settings: Any) -> list[DistributedDataParallel]:
+    """Updated weights are gathered at once, never during the next forward pass: the sampler reads them before."""
+    wrapped = [
+        DistributedDataParallel(chunk.config, DistributedDataParallelConfig(**settings), chunk) for chunk in chunks
+    ]
+    if settings["overlap_grad_reduce"]:  # gradients are summed in the last micro-batch's backward pass alone
+        waiting = [chunk.no_sync for chunk in wrapped]
+        chunks[0].config.no_sync_func = waiting[0] if len(waiting) == 1 else waiting
+    return wrapped

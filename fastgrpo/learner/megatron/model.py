@@ -133,13 +133,13 @@ class HiddenStatesModel(GPTModel):
 
 
 def build(
-    architecture: Architecture, layout: Layout, *, dtype: torch.dtype, recompute: bool = False
+    architecture: Architecture, layout: Layout, *, dtype: torch.dtype, activation_checkpoint: str = "none"
 ) -> list[HiddenStatesModel]:
     """This rank's part of the model, a module per virtual stage, with weights that are not initialised.
 
-    recompute: keep only each layer's input and compute the layer again in the backward pass.
+    activation_checkpoint: none | selective | full, what the backward pass computes again (config.LearnerConfig).
     """
-    config = _transformer_config(architecture, layout, dtype=dtype, recompute=recompute)
+    config = _transformer_config(architecture, layout, dtype=dtype, activation_checkpoint=activation_checkpoint)
     chunks = []
     for stage in range(layout.vpp):
         place = {"vp_stage": stage if layout.vpp > 1 else None, "ignore_virtual": layout.vpp == 1}
@@ -155,7 +155,7 @@ def build(
 
 
 def _transformer_config(
-    architecture: Architecture, layout: Layout, *, dtype: torch.dtype, recompute: bool
+    architecture: Architecture, layout: Layout, *, dtype: torch.dtype, activation_checkpoint: str
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -196,9 +196,6 @@ def _transformer_config(
         # micro-batches) nor DDP (by ranks) divides, and _finalize leaves out the division by the token count.
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
         # These want transformer-engine or apex.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -206,8 +203,18 @@ def _transformer_config(
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        **RECOMPUTED[activation_checkpoint],
         **_expert_config(architecture, layout),
     )
+
+
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    "none": {},
+    # Not attention, whose cost grows with the length while a fused one keeps little; nor norms, which Megatron can
+    # recompute only where transformer-engine is installed.
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def _expert_config(architecture: Architecture, layout: Layout) -> dict[str, Any]:

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from collectives import Collectives
 from scenario import (
     CASES,
     NUM_STEPS,
@@ -31,11 +34,15 @@ from scenario import (
 )
 
 from fastgrpo.config import UserError
+from fastgrpo.kernels import chunks
 from fastgrpo.kernels.objective import Objective
-from fastgrpo.learner.megatron import convert, parallel
+from fastgrpo.learner.megatron import convert, head, parallel
+from fastgrpo.learner.megatron.architecture import Architecture
+from fastgrpo.learner.megatron.cpu import megatron_on_cpu
 from fastgrpo.learner.megatron.hf_weights import from_directory
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.learner import MegatronLearner
+from fastgrpo.learner.megatron.microbatch import prepare
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.types import WeightSlice
 
@@ -49,7 +56,8 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         TRAIN,
         num_updates=NUM_STEPS + 1,
         reference=True,
-        recompute=case.recompute,
+        activation_checkpoint=case.activation_checkpoint,
+        overlap_grad_reduce=case.overlap_grad_reduce,
         distributed_optimizer=case.distributed_optimizer,
     )
     source = from_directory(path)
@@ -294,9 +302,59 @@ def odd_checkpoints(directory: Path) -> dict[str, Any]:
     return said
 
 
+def kept_activations(directory: Path) -> dict[str, int]:
+    """Bytes that autograd holds after a forward pass, beside the parameters, with each kind of recomputation."""
+    held = {}
+    for kind in ("none", "selective", "full"):
+        learner = MegatronLearner.from_pretrained(
+            str(directory / RESHARDED_MODEL), Layout(), TRAIN, num_updates=1, activation_checkpoint=kind
+        )
+        micro = prepare(batches_of(True), learner.parallel, learner.device)[0]
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor, kept: list[torch.Tensor] = kept) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with megatron_on_cpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = learner.ddp[0](
+                input_ids=micro.batch.token_ids[None],
+                position_ids=micro.batch.position_ids[None],
+                attention_mask=None,
+                packed_seq_params=micro.packed,
+            )
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+        weights = {param.untyped_storage()._cdata for param in learner.policy[0].parameters()}
+        held[kind] = sum(num_bytes for storage, num_bytes in storages.items() if storage not in weights)
+        del hidden
+        parallel.destroy()
+    return held
+
+
+def head_collectives(_: Path) -> dict[str, Any]:
+    """The collectives of the loss head, forward and backward, on 2 shards of a vocabulary, chunks of 8 rows."""
+    seen: dict[str, Any] = {}
+    for layout in (Layout(tp=2), Layout(tp=2, sp=True)):
+        model, place = model_of("qwen3"), parallel.initialize(layout)
+        architecture = Architecture.of(model.config)
+        weight = torch.nn.Parameter(torch.randn(architecture.padded_vocab_size(2) // 2, architecture.hidden_size))
+        weight.main_grad = torch.zeros_like(weight)
+        batch = prepare(batches_of(True), place, torch.device("cpu"))[0].batch
+        batch = replace(batch, ref_logprobs=batch.sampler_logprobs)
+        hidden = torch.randn(batch.num_tokens // (2 if layout.sp else 1), 1, architecture.hidden_size)
+        with megatron_on_cpu(), patch.object(chunks, "chunk_size", lambda *_: 8), Collectives() as collectives:
+            stand_in = SimpleNamespace(head_weight=weight, architecture=architecture)
+            output = head.policy_loss(stand_in, hidden.requires_grad_(), batch, OBJECTIVE, place)
+            output.loss.backward()
+        sizes = (batch.num_tokens, batch.num_scored, architecture.hidden_size)
+        seen[str(layout)] = {"sizes": sizes, "collectives": collectives.seen}
+        parallel.destroy()
+    return seen
+
+
 EXTRAS = {
-    1: {"bfloat16": bfloat16, "odd_checkpoints": odd_checkpoints},
-    2: {"sequence_ratios": sequence_ratios},
+    2: {"head_collectives": head_collectives, "sequence_ratios": sequence_ratios},
+    1: {"bfloat16": bfloat16, "odd_checkpoints": odd_checkpoints, "kept_activations": kept_activations},
     4: {"reshard": reshard},
 }
 

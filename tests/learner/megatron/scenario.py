@@ -37,7 +37,8 @@ class Case:
     processes: int
     model: str = "qwen3"
     share_prompts: bool = True
-    recompute: bool = False
+    activation_checkpoint: str = "none"
+    overlap_grad_reduce: bool = False
     distributed_optimizer: bool = True
 
     @property
@@ -48,7 +49,8 @@ class Case:
     def name(self) -> str:
         words = [self.model, *str(self.layout).split(), f"dp={self.data_parallel}"]
         words += [] if self.share_prompts else ["unshared"]
-        words += ["recompute"] if self.recompute else []
+        words += [] if self.activation_checkpoint == "none" else [f"recompute={self.activation_checkpoint}"]
+        words += ["overlap"] if self.overlap_grad_reduce else []
         words += [] if self.distributed_optimizer else ["replicated optimizer"]
         return " ".join(words)
 
@@ -61,10 +63,10 @@ CASES = (
     Case(processes=2, layout=Layout(tp=2), model="qwen2-tied"),
     Case(processes=2, layout=Layout(tp=2), model="llama"),
     Case(processes=2, layout=Layout(tp=2, sp=True)),
-    Case(processes=2, layout=Layout(tp=2, sp=True), model="qwen2-tied", recompute=True),
+    Case(processes=2, layout=Layout(tp=2, sp=True), model="qwen2-tied", activation_checkpoint="selective"),
     Case(processes=2, layout=Layout(pp=2)),
     Case(processes=2, layout=Layout(pp=2), model="qwen2-tied"),
-    Case(processes=2, layout=Layout(pp=2), model="llama", recompute=True),
+    Case(processes=2, layout=Layout(pp=2), model="llama", activation_checkpoint="full"),
     Case(processes=2, layout=Layout(pp=2, vpp=2)),
     Case(processes=2, layout=Layout()),
     Case(processes=2, layout=Layout(ep=2), model="qwen3_moe"),
@@ -75,15 +77,15 @@ CASES = (
     Case(processes=4, layout=Layout(tp=2, pp=2, sp=True)),
     Case(processes=4, layout=Layout(tp=2, pp=2), share_prompts=False),
     Case(processes=4, layout=Layout(tp=2, pp=2, vpp=2, sp=True), model="qwen2-tied"),
-    Case(processes=4, layout=Layout(tp=2)),
+    Case(processes=4, layout=Layout(tp=2), overlap_grad_reduce=True),
     Case(processes=4, layout=Layout(tp=4)),
-    Case(processes=4, layout=Layout(pp=2), model="qwen2-tied"),
+    Case(processes=4, layout=Layout(pp=2), model="qwen2-tied", overlap_grad_reduce=True),
     Case(processes=4, layout=Layout(pp=2), distributed_optimizer=False),
     Case(processes=4, layout=Layout(tp=2, sp=True, cp=2), share_prompts=False),
-    Case(processes=4, layout=Layout(pp=2, cp=2), model="qwen2-tied", recompute=True),
+    Case(processes=4, layout=Layout(pp=2, cp=2), model="qwen2-tied", activation_checkpoint="full"),
     Case(processes=4, layout=Layout(cp=2, ep=2), model="qwen3_moe"),
     Case(processes=4, layout=Layout(tp=2, sp=True, ep=2), model="qwen3_moe"),
-    Case(processes=4, layout=Layout(pp=2, ep=2), model="qwen3_moe", recompute=True),
+    Case(processes=4, layout=Layout(pp=2, ep=2), model="qwen3_moe", activation_checkpoint="selective"),
     Case(processes=4, layout=Layout(tp=2, pp=2, sp=True), model="qwen3_moe-tied"),
 )
 # Each loads what the one before has saved; the last is the first again.

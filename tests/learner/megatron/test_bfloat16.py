@@ -14,7 +14,8 @@ def test_it_takes_the_torch_learners_steps(results_of):
 def test_steps_below_bfloat16s_resolution_add_up(results_of):
     actual, expected = results_of(1)["bfloat16"]["movement"]
     assert expected > 0
-    assert actual == pytest.approx(expected, rel=1e-2)
+    # Without masters it would be nothing. Adam divides a gradient by its own size, and so keeps its rounding's too.
+    assert actual == pytest.approx(expected, rel=5e-2)
 
 
 def test_a_saved_state_goes_on_bit_for_bit_with_its_masters(results_of):
