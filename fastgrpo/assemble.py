@@ -150,8 +150,8 @@ def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notif
 def make_learner(
     config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, notify: Callable[[str], None]
 ) -> tuple[Learner, CausalLM, Adapters | None]:
-    """The learner, the policy as a Hugging Face model (the learner's own, a copy to sample from, or a skeleton where
-    neither needs one), and its adapters.
+    """The learner, the policy as a Hugging Face model (the learner's own, a copy to sample from, or a skeleton on ranks
+    that need neither), and its adapters.
 
     Raises UserError for what is wrong with the model or the layout.
     """
@@ -190,7 +190,7 @@ def make_learner(
         distributed_optimizer=learner.distributed_optimizer,
         overlap_grad_reduce=learner.overlap_grad_reduce,
     )
-    if config.sampler.kind == "torch":
+    if config.sampler.kind == "torch" and megatron.ranks.leads:
         return megatron, hf.load_model(path, device=device, dtype=dtype), None
     return megatron, hf.load_skeleton(path, dtype=dtype), None
 
@@ -284,7 +284,7 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
 
 def export(path: Path, learner: Learner, model: CausalLM | Adapters, tokenizer: Any) -> None:
     """Write the policy as a Hugging Face directory; every rank calls it, because the weights may be on all of them."""
-    if isinstance(model, Adapters) or model.device.type != "meta":
+    if isinstance(model, Adapters) or learner.ranks.from_main(model.device.type != "meta"):
         if learner.ranks.is_main:
             hf.save_pretrained(model, tokenizer, path)
         return
