@@ -70,6 +70,10 @@ class AdoptingLoader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config) -> None:
         raise NotImplementedError("weights are adopted or shared, never loaded")
 
+    def get_external_weight_memory(self, vllm_config) -> int:
+        """What gpu_memory_utilization is to count although vLLM does not allocate it."""
+        return sum(s.tensor.nbytes for s in _current.get().offered)
+
     def load_model(self, vllm_config, model_config, prefix: str = "") -> nn.Module:
         adoption, device = _current.get(), torch.device(vllm_config.device_config.device)
         with set_default_torch_dtype(model_config.dtype):
@@ -79,7 +83,9 @@ class AdoptingLoader(BaseModelLoader):
             if device.type == "cpu":
                 _use_plain_linears(model)
             else:
+                addresses = {owned.name: owned.parameter.data_ptr() for owned in parameters(model)}
                 process_weights_after_loading(model, model_config, device)
+                _refuse_repacking(model, addresses)
         adoption.model = model
         return model.eval()
 
@@ -166,6 +172,13 @@ def _replace(owned: Owned, memory: Tensor) -> None:
     new.__dict__.update(owned.parameter.__dict__)
     for module, kind in owned.owners:
         module._parameters[kind] = new
+
+
+def _refuse_repacking(model: nn.Module, addresses: dict[str, int]) -> None:
+    """A backend that computes with weights of a form of its own would never see an update."""
+    for owned in parameters(model):
+        if owned.parameter.data_ptr() != addresses.get(owned.name):
+            raise NotImplementedError(f"vLLM repacks {owned.name}, which fastgrpo cannot share")
 
 
 def _use_plain_linears(model: nn.Module) -> None:

@@ -147,6 +147,9 @@ def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
         optional["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if settings.kv_cache_bytes is not None:
         optional["kv_cache_memory_bytes"] = settings.kv_cache_bytes
+        if not on_cpu:  # vLLM wants this share to be free all the same, and its default is nearly everything
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            optional["gpu_memory_utilization"] = settings.kv_cache_bytes / total
     if on_cpu:  # a prompt is shared by whole blocks only, and the default is 128 tokens
         optional |= {"block_size": 32, "async_scheduling": False}
     return EngineArgs(
@@ -206,7 +209,8 @@ def kept_process_state() -> Iterator[None]:
     """Put back what vLLM changes for everyone: the random states, torch.set_num_threads, where memory may come from."""
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), _own_memory_policy():
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(gpus), _own_memory_policy():
         try:
             yield
         finally:
