@@ -224,6 +224,9 @@ def _sampler(config: Config) -> None:
         refuse(
             "sampler.tp", sampler.tp, f"it does not divide the job's {num_ranks} processes; start others with torchrun"
         )
+    device = config.cluster.device
+    if sampler.kind == "vllm" and device.startswith("cuda:") and device != "cuda:0":
+        refuse("cluster.device", device, "vLLM takes the first GPU it sees; use cuda, and set CUDA_VISIBLE_DEVICES")
     share = sampler.gpu_memory_utilization
     if sampler.oversample > 0:
         _oversampling(config)

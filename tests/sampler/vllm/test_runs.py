@@ -71,6 +71,10 @@ def test_a_killed_run_with_vllm_resumes_bit_for_bit(workplace, model):
             ["sampler.gpu_memory_utilization=1.5"],
             "sampler.gpu_memory_utilization=1.5: use a share above 0 and at most 1, or null",
         ),
+        (
+            ["cluster.device=cuda:1"],
+            "cluster.device=cuda:1: vLLM takes the first GPU it sees; use cuda, and set CUDA_VISIBLE_DEVICES",
+        ),
         (["sampler.proof=some"], "sampler.proof=some: choose one of sampled, full"),
         (["sampler.bucket_mb=0"], "sampler.bucket_mb=0: use a value of at least 1"),
     ],
