@@ -256,6 +256,9 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
+    moe_aux_loss_coef: float = 0.0
+    """Of the loss that evens out the use of a mixture's experts (docs/parallelism.md); above 0 an update takes one more
+    forward pass. Models are often pretrained with 0.001, their config.json's router_aux_loss_coef."""
     max_nonfinite_updates: int = 3
     """A non-finite loss or gradient skips its update; after this many in a row the run stops and saves the batch."""
 

@@ -29,6 +29,8 @@ class Ranks:
     num_data_ranks: int = 1
     leads: bool = True
     """Whether this rank samples and scores for its copy of the policy."""
+    in_step: bool = False
+    """Whether data ranks must run equally many forward passes, because layers are cut over them too (experts)."""
 
     @property
     def is_main(self) -> bool:

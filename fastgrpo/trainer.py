@@ -113,7 +113,10 @@ def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch]:
     if ranks.num_data_ranks > 1:  # smaller ones where that lets every rank have some
         budget = min(budget, packing.fair_budget(sequences, ranks.num_data_ranks))
     batches = packing.pack(sequences, max_tokens=budget, share_prompts=config.learner.share_prompts)
-    return ranks.deal(batches, cost=lambda batch: batch.num_tokens)
+    mine = ranks.deal(batches, cost=lambda batch: batch.num_tokens)
+    if ranks.in_step:
+        mine += [PackedBatch.empty()] * (max(ranks.gather(len(mine))) - len(mine))
+    return mine
 
 
 def annotate(run: Run, batch: PackedBatch) -> PackedBatch:
@@ -126,7 +129,7 @@ def annotate(run: Run, batch: PackedBatch) -> PackedBatch:
     correct = algorithm.importance_level != "none"
     if not on_policy or correct:
         batch = replace(batch, old_logprobs=run.learner.logprobs(batch, temperature=temperature))
-    if correct:
+    if correct and batch.num_scored:
         assert batch.old_logprobs is not None
         weight = importance_weights(
             batch.old_logprobs,

@@ -162,6 +162,24 @@ class PackedBatch:
     ref_logprobs: Tensor | None = None
     importance_weights: Tensor | None = None
 
+    @classmethod
+    def empty(cls) -> PackedBatch:
+        """One token, nothing scored, for any objective: computed where ranks must run equally many forward passes."""
+        integers, floats = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        return cls(
+            token_ids=torch.zeros(1, dtype=torch.int64),
+            position_ids=torch.zeros(1, dtype=torch.int64),
+            segments=torch.tensor([[0, 1, 0, 0]]),
+            hidden_rows=integers,
+            targets=integers,
+            advantages=floats,
+            token_weights=floats,
+            sampler_logprobs=floats,
+            cu_scored=torch.zeros(1, dtype=torch.int64),
+            sequence_ids=integers,
+            ref_logprobs=floats,
+        )
+
     @property
     def num_tokens(self) -> int:
         """T, the rows the model computes."""

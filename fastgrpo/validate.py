@@ -71,6 +71,7 @@ _AT_LEAST: dict[str, float] = {
     "train.learning_rate": 0,
     "train.warmup_steps": 0,
     "train.weight_decay": 0,
+    "train.moe_aux_loss_coef": 0,
     "train.max_nonfinite_updates": 1,
     "learner.max_tokens_per_microbatch": 1,
     "sampler.max_sequences": 1,

@@ -18,6 +18,7 @@ from fastgrpo.learner.loss_inputs import loss_inputs
 from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.offload import Offload
 from fastgrpo.learner.optimizer import Optimizer, learning_rate
+from fastgrpo.learner.routers import watch_routers
 from fastgrpo.models import storage
 from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.decoder import hidden_states
@@ -49,6 +50,7 @@ class TorchLearner:
         self.optimizer = Optimizer(model, config)
         self.policy_version = 0
         self.ranks = Ranks()
+        self.routers = watch_routers(model, config.moe_aux_loss_coef)
         self._offload = Offload()
 
     def update(self, batches: Iterable[PackedBatch], objective: Objective) -> StepResult:
@@ -57,7 +59,7 @@ class TorchLearner:
         self.model.train()
         self.optimizer.zero_grad()
         sums = LossSums()
-        for batch in batches:
+        for batch in self._watched(batches):
             batch = batch.to(self.model.device)
             output = linear_policy_loss(
                 self._scored_hidden(self.model, batch), self._head, loss_inputs(batch), objective
@@ -65,7 +67,7 @@ class TorchLearner:
             output.loss.backward()
             sums.add(output, batch)
         grad_norm = float(self.optimizer.clip_grad_norm())
-        metrics = sums.means()
+        metrics = sums.means() | ({} if self.routers is None else self.routers.balance.metrics())
         rate = learning_rate(self.config, self.policy_version, self.num_updates)
         skipped = not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"]))
         if not skipped and sums.num_batches:
@@ -98,6 +100,12 @@ class TorchLearner:
         assert isinstance(result, Tensor)  # a pair only with entropy=True
         model.train(was_training)
         return result.cpu()
+
+    def _watched(self, batches: Iterable[PackedBatch]) -> Iterable[PackedBatch]:
+        """The batches, while the routers of a mixture of experts are told which one is computed."""
+        if self.routers is None:
+            return batches
+        return self.routers.during(batches, lambda batch: self._scored_hidden(self.model, batch))
 
     @property
     def _head(self) -> Tensor:

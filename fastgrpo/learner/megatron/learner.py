@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.expert_balance import ExpertBalance, refuse_without_experts
 from fastgrpo.learner.megatron import convert, head, parallel, sharded_checkpoint
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.convert import Read
 from fastgrpo.learner.megatron.cpu import megatron_on_cpu
+from fastgrpo.learner.megatron.experts import watch
 from fastgrpo.learner.megatron.hf_weights import from_directory
 from fastgrpo.learner.megatron.layout import Layout, data_parallel_size
 from fastgrpo.learner.megatron.microbatch import MicroBatch, prepare, scored_share
@@ -82,6 +84,10 @@ class MegatronLearner:
             )
             self.optimizer = Optimizer(self.ddp, config, dtype)
         self.device = self.policy[0].inv_freq.device
+        self.balance = _balance(architecture, config.moe_aux_loss_coef, self.device)
+        if self.balance is not None:
+            for chunk in [*self.policy, *(self.reference or [])]:
+                watch(chunk, self.balance)
         self._offload = Offload()
 
     @classmethod
@@ -99,7 +105,7 @@ class MegatronLearner:
         with megatron_on_cpu():
             sums = reduce_sums(self.accumulate(batches, objective), self.parallel, self.device)
             grad_norm = self.optimizer.grad_norm()
-            metrics = sums.means()
+            metrics = sums.means() | ({} if self.balance is None else self.balance.metrics())
             rate = learning_rate(self.config, self.policy_version, self.num_updates)
             skipped = not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"]))
             if not skipped and sums.num_batches:
@@ -129,8 +135,26 @@ class MegatronLearner:
             return output.loss, torch.ones((), dtype=torch.int), {}
 
         with megatron_on_cpu():
-            self._run(self.ddp, prepare(batches, self.parallel, self.device), loss_of)
+            micro_batches = prepare(batches, self.parallel, self.device)
+            if self.balance is None:
+                self._run(self.ddp, micro_batches, loss_of)
+            else:
+                self._run_balanced(self.balance, micro_batches, loss_of)
         return sums
+
+    def _run_balanced(self, balance: ExpertBalance, micro_batches: list[MicroBatch], loss_of: LossFunction) -> None:
+        """The gradients of a mixture of experts, whose auxiliary loss wants the update's choices counted first."""
+        if balance.coef:
+            balance.start("count")
+            with torch.no_grad():
+                self._run(self.ddp, micro_batches, _nothing, forward_only=True)
+            dist.all_reduce(balance.choices)  # a rank holds some layers and sees some tokens, each once
+            balance.freeze()
+        balance.start("train")
+        self._run(self.ddp, micro_batches, loss_of)
+        balance.phase = "off"
+        for sums in (balance.choices, balance.probs):
+            dist.all_reduce(sums)
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
@@ -169,6 +193,7 @@ class MegatronLearner:
                 position_ids=batch.position_ids[None],
                 attention_mask=None,
                 packed_seq_params=item.packed,
+                padding_mask=None if self.balance is None else item.row_weights[None],
             )
             return hidden, partial(of_hidden, model, batch)
 
@@ -230,3 +255,15 @@ def _data_parallel(chunks: list[HiddenStatesModel], **settings: Any) -> list[Dis
         waiting = [chunk.no_sync for chunk in wrapped]
         chunks[0].config.no_sync_func = waiting[0] if len(waiting) == 1 else waiting
     return wrapped
+
+
+def _balance(architecture: Architecture, coef: float, device: torch.device) -> ExpertBalance | None:
+    if not architecture.num_experts:
+        refuse_without_experts(coef)
+        return None
+    sizes = (architecture.num_layers, architecture.num_experts, architecture.num_experts_per_token)
+    return ExpertBalance(*sizes, coef=coef, device=device)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What a pass that only counts does with the hidden states."""

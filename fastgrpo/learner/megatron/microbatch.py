@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.kernels.row_share import RowShare
 from fastgrpo.kernels.segment_attention import SegmentPlan
+from fastgrpo.learner.expert_balance import row_weights
 from fastgrpo.learner.megatron.model import SegmentParams
 from fastgrpo.learner.megatron.parallel import Parallel
 from fastgrpo.types import PackedBatch
@@ -29,10 +31,12 @@ SCORED_FIELDS = (
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A batch on the device and its attention's plan. Example: MicroBatch(batch, SegmentParams(plan=plan))."""
+    """A batch on the device and its attention's plan. Example: MicroBatch(batch, SegmentParams(plan=plan), weights)."""
 
     batch: PackedBatch
     packed: SegmentParams
+    row_weights: Tensor
+    """(T,) float32; see expert_balance.row_weights."""
 
 
 def prepare(batches: Iterable[PackedBatch], parallel: Parallel, device: torch.device) -> list[MicroBatch]:
@@ -50,24 +54,29 @@ def prepare(batches: Iterable[PackedBatch], parallel: Parallel, device: torch.de
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         count = int(most)
     missing = -(-count // multiple) * multiple - len(listed)
-    return [_ready(batch, parallel, device) for batch in [*listed, *[empty_batch()] * missing]]
+    return [_ready(batch, parallel, device) for batch in [*listed, *[PackedBatch.empty()] * missing]]
 
 
 def _ready(batch: PackedBatch, parallel: Parallel, device: torch.device) -> MicroBatch:
     """Under context parallelism the batch holds this rank's share of the rows, and hidden_rows, still for all scored
     tokens, are those of the ranks' hidden states gathered one after the other."""
-    layout, share = parallel.layout, None
+    layout, share, weights = parallel.layout, None, row_weights(batch)
     batch = pad_rows(batch, (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1))
-    segments = batch.segments
+    segments, weights = batch.segments, F.pad(weights, (0, batch.num_tokens - len(weights)))
     if layout.cp > 1:
         share = RowShare(num_rows=batch.num_tokens, num_ranks=layout.cp, rank=parallel.cp_rank)
+        weights = weights[share.rows]
         batch = replace(
             batch,
             token_ids=batch.token_ids[share.rows],
             position_ids=batch.position_ids[share.rows],
             hidden_rows=share.gathered[batch.hidden_rows],
         )
-    return MicroBatch(batch.to(device), SegmentParams(plan=SegmentPlan(segments, device, share)))
+    return MicroBatch(
+        batch.to(device),
+        SegmentParams(plan=SegmentPlan(segments, device, share)),
+        weights.to(device, non_blocking=True),
+    )
 
 
 def pad_rows(batch: PackedBatch, multiple: int) -> PackedBatch:
@@ -106,21 +115,3 @@ def scored_share(batch: PackedBatch, parallel: Parallel, *, whole_sequences: boo
         if f.name in SCORED_FIELDS and (value := getattr(batch, f.name)) is not None
     }
     return replace(batch, cu_scored=batch.cu_scored.clamp(first, last) - first, **part), slice(first, last)
-
-
-def empty_batch() -> PackedBatch:
-    """One token, nothing scored, for any objective."""
-    integers, floats = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    return PackedBatch(
-        token_ids=torch.zeros(1, dtype=torch.int64),
-        position_ids=torch.zeros(1, dtype=torch.int64),
-        segments=torch.tensor([[0, 1, 0, 0]]),
-        hidden_rows=integers,
-        targets=integers,
-        advantages=floats,
-        token_weights=floats,
-        sampler_logprobs=floats,
-        cu_scored=torch.zeros(1, dtype=torch.int64),
-        sequence_ids=integers,
-        ref_logprobs=floats,
-    )

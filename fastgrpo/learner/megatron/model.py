@@ -114,11 +114,14 @@ class HiddenStatesModel(GPTModel):
         inv_freq = torch.cat([architecture.inv_freq, architecture.inv_freq])  # (D,)
         self.register_buffer("inv_freq", inv_freq.to(_device()), persistent=False)
 
-    def _preprocess(self, *, position_ids: Tensor, **kwargs: Any) -> tuple:
-        """Megatron's, with each row rotated by its own position: a completion's go on from its prompt's end."""
-        embedded, _, *rest = super()._preprocess(position_ids=position_ids, **kwargs)
+    def _preprocess(self, *, position_ids: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
+        """Megatron's, with each row rotated by its own position: a completion's go on from its prompt's end.
+
+        What stands for a padding mask (experts.watch) is left whole for every stage.
+        """
+        embedded, _, *rest, _ = super()._preprocess(position_ids=position_ids, **kwargs)
         angles = position_ids[0, :, None].float() * self.inv_freq  # (T, D)
-        return embedded, angles[:, None, None, :], *rest
+        return embedded, angles[:, None, None, :], *rest, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states

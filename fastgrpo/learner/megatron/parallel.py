@@ -51,6 +51,7 @@ class Parallel:
             data_rank=self.dp_rank,
             num_data_ranks=self.dp_size,
             leads=self.tp_rank == 0 and self.pp_rank == 0 and self.cp_rank == 0,
+            in_step=self.layout.ep > 1,
         )
 
     @property

@@ -30,6 +30,7 @@ from scenario import (
     Case,
     batches_of,
     model_of,
+    train_config,
     with_logprobs,
 )
 
@@ -53,7 +54,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     learner = MegatronLearner.from_pretrained(
         str(path),
         case.layout,
-        TRAIN,
+        train_config(case.model),
         num_updates=NUM_STEPS + 1,
         reference=True,
         activation_checkpoint=case.activation_checkpoint,

@@ -32,7 +32,7 @@ def in_checkpoint(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def torch_result(name: str) -> dict[str, Any]:
     """The same keys as a case of job.py."""
     model, reference = scenario.model_of(name), scenario.model_of(name)
-    learner = TorchLearner(model, scenario.TRAIN, num_updates=scenario.NUM_STEPS + 1, reference=reference)
+    learner = TorchLearner(model, scenario.train_config(name), num_updates=scenario.NUM_STEPS + 1, reference=reference)
     batches = scenario.with_logprobs(scenario.batches_of(True), learner)
     result: dict[str, Any] = {
         "names": list(in_checkpoint(dict(learner.named_weights()))),

@@ -23,10 +23,16 @@ from fastgrpo.types import PackedBatch
 VOCAB = 509
 NUM_STEPS = 3
 OBJECTIVE = Objective(kl_coef=0.05, entropy_coef=0.01, temperature=0.7, kl_estimator="k3")
+# Large, so that a wrong share of it shows.
+AUX_COEF = 0.5
 # eps is far above the rounding noise of a gradient near zero, whose sign Adam would otherwise blow up to a whole step.
 TRAIN = TrainConfig(
     learning_rate=1e-3, weight_decay=0.1, adam_eps=1e-4, max_grad_norm=0.5, lr_schedule="linear", warmup_steps=1
 )
+
+
+def train_config(model: str) -> TrainConfig:
+    return replace(TRAIN, moe_aux_loss_coef=AUX_COEF) if model.startswith("qwen3_moe") else TRAIN
 
 
 @dataclass(frozen=True, kw_only=True)
