@@ -230,7 +230,8 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
             stream.load_state_dict(state["stream"])
             unfinished.load_state_dict(state["unfinished"], prompts.train)
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
-        sampler, sampling_ranks = make_sampler(config, learner, model, prompts, console.message)
+        plan = plan_memory(config, model.config, prompts, ranks.num_ranks)
+        sampler, sampling_ranks = make_sampler(config, learner, model, prompts, plan, console.message)
         if sampler is not None:
             stack.callback(sampler.close)
         if config.resume != "no":
@@ -247,7 +248,6 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
             )
             stack.enter_context(log)
         exchange = make_exchange(config, learner, sampler, prompts)
-        plan = plan_memory(config, model.config, prompts)
         planned: dict[Phase, int] = {"train": plan.train, "rollout": plan.rollout} if plan.on_gpu else {}
         sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))
@@ -316,11 +316,18 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints, notify: Callable[[
     return found
 
 
-def plan_memory(config: Config, model_config: Any, prompts: PromptSets) -> Plan:
+def plan_memory(config: Config, model_config: Any, prompts: PromptSets, num_ranks: int) -> Plan:
     """What one rank of the run will hold."""
     device_bytes, on_gpu = device_memory(config)
-    longest = max(len(prompt.token_ids) for prompt in prompts.train)
-    return make_plan(config, model_config, device_bytes=device_bytes, on_gpu=on_gpu, longest_prompt=longest)
+    longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.eval])
+    return make_plan(
+        config,
+        model_config,
+        device_bytes=device_bytes,
+        on_gpu=on_gpu,
+        longest_prompt=longest,
+        num_ranks=num_ranks,
+    )
 
 
 def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> SamplingParams:

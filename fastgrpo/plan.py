@@ -19,6 +19,8 @@ from fastgrpo.models.storage import VOCAB_MULTIPLE
 
 RESERVED_SHARE = 0.08
 """Of a GPU, for CUDA's context, the allocator's fragments and captured graphs."""
+KV_BLOCK = 128
+"""Tokens; no block of a sampler's cache is larger."""
 LOSS_HEAD_SHARE = 1 / 128
 """kernels/chunks.py gives a tile of logits this share of a GPU."""
 
@@ -119,6 +121,8 @@ class Plan:
     on_gpu: bool
     weights: int
     reference: int
+    sampler_weights: int
+    """What the sampler cannot share with the learner: 0 where their layouts match."""
     gradients: int
     optimizer: int
     activations: int
@@ -135,7 +139,7 @@ class Plan:
     @property
     def train(self) -> int:
         """Held while learning, with the KV cache asleep."""
-        held = self.weights + self.reference + self.gradients + self.optimizer
+        held = self.weights + self.reference + self.sampler_weights + self.gradients + self.optimizer
         return held + self.activations + self.loss_head + self.reserved
 
     @property
@@ -144,20 +148,20 @@ class Plan:
         not fit beside them."""
         if self.offload_asked != "auto":
             return self.offload_asked == "always"
-        stays = self.weights + self.reference + self.reserved
+        stays = self.weights + self.reference + self.sampler_weights + self.reserved
         return self.on_gpu and stays + self.gradients + self.optimizer + self.kv_cache_wanted > self.device_bytes
 
     @property
     def kv_cache(self) -> int:
         """What the KV cache gets: what it wants, or what is left."""
-        held = self.weights + self.reference + self.reserved
+        held = self.weights + self.reference + self.sampler_weights + self.reserved
         held += 0 if self.offload else self.gradients + self.optimizer
         return max(0, min(self.kv_cache_wanted, self.device_bytes - held))
 
     @property
     def rollout(self) -> int:
         """Held while sampling."""
-        held = self.weights + self.reference + self.reserved + self.kv_cache
+        held = self.weights + self.reference + self.sampler_weights + self.reserved + self.kv_cache
         return held + (0 if self.offload else self.gradients + self.optimizer)
 
     @property
@@ -165,11 +169,13 @@ class Plan:
         return self.train <= self.device_bytes and self.kv_cache > 0
 
 
-def make_plan(config: Config, model_config: Any, *, device_bytes: int, on_gpu: bool, longest_prompt: int) -> Plan:
-    """The plan of one rank, the one that holds most."""
-    shape, learner, train = Shape.of(model_config), config.learner, config.train
+def make_plan(
+    config: Config, model_config: Any, *, device_bytes: int, on_gpu: bool, longest_prompt: int, num_ranks: int
+) -> Plan:
+    """The plan of one rank of num_ranks, the one that holds most."""
+    shape, learner, sampler = Shape.of(model_config), config.learner, config.sampler
     size = 4 if config.cluster.dtype == "float32" or (config.cluster.dtype == "auto" and not on_gpu) else 2
-    num_parameters = shape.num_parameters(learner.tp, learner.pp)
+    num_parameters = shape.num_parameters(learner.tp, learner.pp, learner.ep)
     lora = config.model.lora
     trained = num_parameters
     if lora.rank:
@@ -187,23 +193,37 @@ def make_plan(config: Config, model_config: Any, *, device_bytes: int, on_gpu: b
     layers = -(-shape.num_layers // learner.pp)
     every_input = layers * shape.hidden_size * size
     kept = every_input + per_token if learner.activation_checkpoint == "full" else layers * per_token
-    copies = max(1, (config.cluster.num_ranks or 1) // learner.ranks_a_copy)
-    sequences = -(-train.prompts_per_step // copies) * config.algorithm.group_size
-    in_flight = min(sequences, config.sampler.max_sequences)
-    length = longest_prompt / config.algorithm.group_size + config.sampling.max_new_tokens  # prompts are shared
-    kv = shape.kv_bytes_per_token(size, learner.tp)
+    tokens = -(-learner.max_tokens_per_microbatch // learner.cp) * learner.pp
+    stepped = trained // max(1, num_ranks // (learner.tp * learner.pp)) if learner.distributed_optimizer else trained
+    ranks_a_sampler = sampler.tp if sampler.kind == "vllm" else learner.ranks_a_copy
+    prompts = -(-config.train.prompts_per_step // max(1, num_ranks // ranks_a_sampler))
+    in_flight = min(prompts * config.algorithm.group_size, sampler.max_sequences)
+    length = longest_prompt + max(config.sampling.max_new_tokens, config.eval.max_new_tokens or 0)
+    cached_tokens = in_flight * -(-length // KV_BLOCK) * KV_BLOCK
     return Plan(
         device_bytes=device_bytes,
         on_gpu=on_gpu,
         weights=num_parameters * size,
         reference=num_parameters * size if config.algorithm.kl_coef > 0 and not lora.enabled else 0,
+        sampler_weights=_num_unshared(config, shape) * size,
         gradients=trained * 4,
-        optimizer=trained * (8 + (4 if size_trained < 4 else 0)),
-        activations=int(config.learner.max_tokens_per_microbatch * kept * learner.pp),
+        optimizer=stepped * (8 + (4 if size_trained < 4 else 0)),
+        activations=tokens * kept,
         loss_head=int(device_bytes * LOSS_HEAD_SHARE) if on_gpu else 1 << 26,
         offload_asked=learner.offload,
-        kv_cache_wanted=int(in_flight * length * kv),
+        kv_cache_wanted=cached_tokens * shape.kv_bytes_per_token(size, sampler.tp),
     )
+
+
+def _num_unshared(config: Config, shape: Shape) -> int:
+    """Parameters that a sampler holds besides the learner's."""
+    learner, sampler = config.learner, config.sampler
+    if sampler.kind == "torch":
+        return 0 if learner.kind == "torch" else shape.num_parameters()
+    if config.model.lora.enabled:  # W + s B A beside W
+        return shape.num_layers * shape.num_layer_parameters(sampler.tp)
+    matching = learner.tp == sampler.tp and learner.pp == 1 and learner.ep == 1
+    return 0 if matching else shape.num_parameters(sampler.tp)
 
 
 def _num_adapter_parameters(shape: Shape, rank: int, targets: list[str]) -> int:
@@ -241,6 +261,7 @@ def table(plan: Plan) -> str:
     rows: list[tuple[str, int, bool, bool]] = [
         ("weights", plan.weights, True, True),
         ("reference", plan.reference, True, True),
+        ("sampler's own", plan.sampler_weights, True, True),
         ("gradients", plan.gradients, True, not plan.offload),
         ("optimizer", plan.optimizer, True, not plan.offload),
         ("activations", plan.activations, True, False),

@@ -104,8 +104,8 @@ def plan_only(config: Config) -> tuple[Plan, str]:
         model_config = tiny.shape(config.model, tokenizer, max_length=QUICKSTART_CONTEXT)
     else:
         model_config = hf.load_config(config.model.path)
-    plan = plan_memory(config, model_config, prompts)
     num_ranks = config.cluster.num_ranks or config.learner.ranks_a_copy
+    plan = plan_memory(config, model_config, prompts, num_ranks)
     model = f"{model_config.model_type}, {Shape.of(model_config).num_parameters() / 1e6:.1f}M parameters"
     lines = batch_algebra(config, prompts, num_ranks, model)
     algebra = "\n".join(f"{label:<14}{value}" for label, value in lines)

@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-import torch
 from torch import Tensor
 
 from fastgrpo.config import Config, UserError
 from fastgrpo.data import PromptSets
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.models.hf import CausalLM
+from fastgrpo.plan import Plan
 from fastgrpo.ranks import Ranks
 from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.sampler.torch_sampler import TorchSampler
 from fastgrpo.weights import Exchange
 
 CANARY_TOKENS = 32
-FREE_SHARE = 0.5
-"""Of the memory that is free when the engine is built, what its KV cache may take: an update needs the rest."""
 
 
 def make_sampler(
-    config: Config, learner: Learner, model: CausalLM, prompts: PromptSets, notify: Callable[[str], None]
+    config: Config,
+    learner: Learner,
+    model: CausalLM,
+    prompts: PromptSets,
+    plan: Plan,
+    notify: Callable[[str], None],
 ) -> tuple[Sampler | None, Ranks]:
     """The sampler of this rank, None where it does not sample, and where it stands among those of the job.
 
@@ -39,7 +41,7 @@ def make_sampler(
         raise UserError(
             f"sampler=vllm: {error.name} is not installed; pip install fastgrpo[vllm], or `make vllm` for a CPU"
         ) from None
-    settings = _engine_settings(config, learner, model, prompts)
+    settings = _engine_settings(config, learner, model, prompts, plan)
     try:
         vllm = VLLMSampler(settings, learner.weight_slices, max_restarts=config.sampler.max_restarts, notify=notify)
     except (ValueError, NotImplementedError) as error:  # what vLLM refuses, in pydantic's wrapping or without
@@ -48,7 +50,9 @@ def make_sampler(
     return vllm, vllm.ranks
 
 
-def make_exchange(config: Config, learner: Learner, sampler: Sampler | None, prompts: PromptSets) -> Exchange:
+def make_exchange(
+    config: Config, learner: Learner, sampler: Sampler | None, prompts: PromptSets, notify: Callable[[str], None]
+) -> Exchange:
     """The exchange between the two; a canary only where they compute with different code."""
     one_model = config.learner.kind == config.sampler.kind == "torch"
     exchange = Exchange(
@@ -60,7 +64,11 @@ def make_exchange(config: Config, learner: Learner, sampler: Sampler | None, pro
         full_proof=config.sampler.proof == "full",
     )
     if config.sampler.kind == "vllm":
-        sampler.refill = exchange.restore  # type: ignore[union-attr]
+        vllm: Any = sampler
+        vllm.refill = exchange.restore
+        notify(f"weights of vLLM: {', '.join(exchange.plan.lines(learner.ranks.rank))}")
+        for line in vllm.why_copied():
+            notify(f"  not shared: {line}")
     return exchange
 
 
@@ -70,7 +78,7 @@ def canary(prompts: PromptSets) -> Tensor:
     return longest.repeat(2)[:CANARY_TOKENS] if len(longest) < 2 else longest[:CANARY_TOKENS]
 
 
-def _engine_settings(config: Config, learner: Learner, model: CausalLM, prompts: PromptSets) -> Any:
+def _engine_settings(config: Config, learner: Learner, model: CausalLM, prompts: PromptSets, plan: Plan) -> Any:
     from fastgrpo.sampler.vllm.engine import EngineSettings
 
     sampler, shape = config.sampler, model.config
@@ -90,21 +98,8 @@ def _engine_settings(config: Config, learner: Learner, model: CausalLM, prompts:
         tp=sampler.tp,
         max_model_len=max_model_len,
         max_sequences=sampler.max_sequences,
-        kv_cache_bytes=_kv_cache_bytes(config, model, max_model_len, device) if share is None else None,
+        kv_cache_bytes=plan.kv_cache if share is None else None,
         gpu_memory_utilization=share,
         enforce_eager=sampler.enforce_eager,
         sleeps=device.type == "cuda",
     )
-
-
-def _kv_cache_bytes(config: Config, model: CausalLM, max_model_len: int, device: torch.device) -> int:
-    """Room for sampler.max_sequences of the longest sequences, as far as there is memory, and for one at least."""
-    shape = model.config
-    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    heads = max(1, shape.num_key_value_heads // config.sampler.tp)
-    block = 128  # of tokens: vLLM's blocks are no larger
-    per_sequence = -(-max_model_len // block) * block
-    per_token = 2 * shape.num_hidden_layers * heads * head_size * model.dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    wanted, least = config.sampler.max_sequences * per_sequence * per_token, 2 * per_sequence * per_token
-    return max(least, min(wanted, int(FREE_SHARE * free)))

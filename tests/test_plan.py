@@ -83,10 +83,12 @@ def config_of(*overrides):
     return compose("train", with_shorthands(["model.path=somewhere", "data=arithmetic", *overrides]))[0]
 
 
-def plan_of(*overrides, model=None, gb=80.0, on_gpu=True) -> Plan:
+def plan_of(*overrides, model=None, gb=80.0, on_gpu=True, num_ranks=1) -> Plan:
     config = config_of(*overrides)
     model_config = model or make_model("qwen3").config
-    return make_plan(config, model_config, device_bytes=int(gb * GB), on_gpu=on_gpu, longest_prompt=100)
+    return make_plan(
+        config, model_config, device_bytes=int(gb * GB), on_gpu=on_gpu, longest_prompt=100, num_ranks=num_ranks
+    )
 
 
 def test_what_follows_from_the_parameters():
@@ -114,11 +116,35 @@ def test_recomputing_and_pipelines_change_the_activations():
     assert staged.activations == plan_of("learner=megatron").activations  # half the layers, two micro-batches in flight
 
 
+def test_what_sampler_and_learner_cannot_share_is_counted():
+    model = make_model("qwen3").config
+    whole, half = Shape.of(model).num_parameters(), Shape.of(model).num_parameters(tp=2)
+    megatron = ["learner=megatron", "learner.tp=2"]
+    for options, expected in (
+        (["sampler=vllm"], 0),
+        ([*megatron, "sampler=vllm", "sampler.tp=2"], 0),
+        ([*megatron, "sampler=vllm"], whole),
+        ([*megatron, "learner.pp=2", "sampler=vllm", "sampler.tp=2"], half),
+        (megatron, whole),  # a Hugging Face copy
+    ):
+        assert plan_of(*options, num_ranks=4).sampler_weights == 2 * expected, options
+
+
+def test_data_parallel_ranks_share_the_optimizers_state_and_the_prompts():
+    options = ["learner=megatron", "learner.tp=2", "train.prompts_per_step=8", "sampling.max_new_tokens=28"]
+    alone, four = plan_of(*options, num_ranks=2), plan_of(*options, num_ranks=8)
+    assert alone.optimizer == pytest.approx(4 * four.optimizer, abs=48)
+    assert alone.kv_cache_wanted == 4 * four.kv_cache_wanted
+    # 100 + 28 tokens fill a block; 2 layers of 2 key heads of 8 in bfloat16, 8 prompts of 8 completions
+    assert alone.kv_cache_wanted == 8 * 8 * 128 * (2 * 2 * 2 * 8 * 2)
+
+
 SIZES = Plan(
     device_bytes=100,
     on_gpu=False,
     weights=10,
     reference=10,
+    sampler_weights=0,
     gradients=20,
     optimizer=30,
     activations=15,
@@ -163,10 +189,6 @@ def test_the_page_tells_the_step_and_the_memory(workplace, tiny_qwen2):
     plan, page = plan_only(config)
     assert plan.fits
     assert "4 prompts x 4 completions = 16 sequences" in page
-    assert [line.split()[0] for line in page.split("\n\n")[1].splitlines()][:4] == [
-        "one",
-        "weights",
-        "reference",
-        "gradients",
-    ]
+    rows = [line.split()[0] for line in page.split("\n\n")[1].splitlines()]
+    assert rows[:5] == ["one", "weights", "reference", "sampler's", "gradients"]
     assert not any(workplace.iterdir())
