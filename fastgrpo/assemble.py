@@ -247,7 +247,7 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
                 notify=console.message,
             )
             stack.enter_context(log)
-        exchange = make_exchange(config, learner, sampler, prompts)
+        exchange = make_exchange(config, learner, sampler, prompts, console.message)
         planned: dict[Phase, int] = {"train": plan.train, "rollout": plan.rollout} if plan.on_gpu else {}
         sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))

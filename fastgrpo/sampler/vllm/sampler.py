@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -85,6 +87,11 @@ class VLLMSampler:
     def copied(self) -> dict[str, str]:
         """vLLM's parameters that are not the learner's memory, and why."""
         return self.engine.adoption.copied
+
+    def why_copied(self) -> list[str]:
+        """The same for people: one line for what all layers have in common."""
+        lines = Counter(re.sub(r"\.\d+\.", ".*.", f"{name}: {why}") for name, why in self.copied.items())
+        return [f"{line} (x{count})" if count > 1 else line for line, count in lines.items()]
 
     def weight_slices(self) -> list[WeightSlice]:
         """What this rank's engine computes with."""
