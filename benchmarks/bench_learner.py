@@ -1,21 +1,28 @@
-"""One update of the Megatron learner on fixed fake rollouts: tokens/s, MFU and peak memory a rank, for a layout.
+"""One update of a learner on fixed fake rollouts: tokens/s, MFU and peak memory a rank, for a layout and a model.
 
-    python benchmarks/bench_learner.py                                              # one process
+    python benchmarks/bench_learner.py [--providers fastgrpo-torch trl ...]                       # one process
     torchrun --nproc-per-node 4 benchmarks/bench_learner.py --tp 2 --pp 2 [--model qwen3-0.6b] [--out FILE.csv]
 
-Weights are random and rollouts the same for every layout, made by every rank, so nothing is downloaded. On one process
-the torch learner is measured beside it, in turns. On a CPU the numbers compare layouts with each other, no more.
+    for p in fastgrpo-megatron fastgrpo-torch trl hugging-face; do                                # a GPU, 32k tokens
+      python benchmarks/bench_learner.py --model qwen3-1.7b --peak-tflops 989 --providers $p --out $p.csv; done
 
-MFU is the work that the update needs over what the devices could do in its time (--peak-tflops a device, dense):
+Weights are random and rollouts the same for every layout, made by every rank, so nothing is downloaded. On one process
+the providers take turns, once the norms of their first gradients have agreed; peak memory is given where one of them
+runs alone. TRL and the plain Hugging Face learner are described in learner_peers.py. On a CPU the numbers compare
+layouts and providers with each other, no more.
+
+Tokens are those of the sequences, each with its prompt. MFU is the work that the update needs over what the devices
+could do in its time (--peak-tflops a device, dense):
     3 * (2 * P * T  +  2 * V * H * N  +  4 * L * A * D * pairs)
 with P weights in the layers' matrices, T packed tokens (prompts once a group), N scored ones, L layers, A heads of size
 D, and pairs the number of (query, key) pairs that attention may see. Backward counts twice forward; recomputation of
-activations and the padding of shards count nothing.
+activations, prompts computed again for every completion and padding count nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +32,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from harness import RESULTS, Table
+from learner_peers import agree, hugging_face, pad, trl
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.data.packing import Sequence, pack
@@ -33,8 +41,10 @@ from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.learner import MegatronLearner
 from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.models.hf import prepare
 from fastgrpo.types import PackedBatch
 
+PROVIDERS = ("fastgrpo-megatron", "fastgrpo-torch", "trl", "hugging-face")
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
 MODELS = {
     "tiny": {
@@ -52,13 +62,13 @@ MODELS = {
 
 
 def random_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
-    """The same random weights on every rank."""
+    """The same random weights on every rank and for every provider."""
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).to(dtype)
 
 
-def rollouts(args: argparse.Namespace, vocab_size: int) -> list[PackedBatch]:
-    """Groups of ragged completions, in micro-batches."""
+def rollouts(args: argparse.Namespace, vocab_size: int) -> list[Sequence]:
+    """Groups of ragged completions."""
     generator = torch.Generator().manual_seed(1)
     sequences = []
     for group in range(args.groups):
@@ -77,7 +87,7 @@ def rollouts(args: argparse.Namespace, vocab_size: int) -> list[PackedBatch]:
                 sampler_logprobs=torch.full((length,), -5.0),
             )
             sequences.append(sequence)
-    return pack(sequences, max_tokens=args.tokens_per_microbatch, share_prompts=True)
+    return sequences
 
 
 def needed_flops(architecture: Architecture, batches: list[PackedBatch]) -> float:
@@ -112,37 +122,52 @@ def _wait(device: torch.device) -> None:
 
 def measure(args: argparse.Namespace, device: torch.device, table: Table) -> None:
     config = transformers.Qwen3Config(**MODELS[args.model], max_position_embeddings=32768, tie_word_embeddings=True)
-    architecture = Architecture.of(config)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    train, objective = TrainConfig(), Objective()
-    model = random_model(config, dtype)
     layout = Layout(tp=args.tp, pp=args.pp, vpp=args.vpp, sp=args.sp)
-    learner = MegatronLearner(
-        architecture,
-        model.state_dict().__getitem__,
-        layout,
-        train,
-        num_updates=1000,
-        dtype=dtype,
-        activation_checkpoint=args.activation_checkpoint,
-    )
-    batches = rollouts(args, config.vocab_size)
-    mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
-    updates: dict[str, Callable[[], object]] = {"fastgrpo-megatron": lambda: learner.update(mine, objective)}
-    if dist.get_world_size() == 1:
-        torch_learner = TorchLearner(model.to(device), train, num_updates=1000)
-        updates["fastgrpo-torch"] = lambda: torch_learner.update(batches, objective)
-    else:
-        del model
-    for update in updates.values():
-        update()
+    sequences = rollouts(args, config.vocab_size)
+    batches = pack(sequences, max_tokens=args.tokens_per_microbatch, share_prompts=True)
+    updates = {name: make_update(name, args, config, layout, sequences, batches, device) for name in args.providers}
+    # The first also warms up. bfloat16 rounds every activation, so norms agree to a few per cent there.
+    agree({name: update() for name, update in updates.items()}, 0.05 if device.type == "cuda" else 1e-3)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     for _ in range(args.rounds):
         for name, update in updates.items():
             seconds[name].append(timed(update, device))
     peaks = peak_bytes(device) if len(updates) == 1 else []
     if dist.get_rank() == 0:
-        report(args, table, layout, architecture, batches, seconds, peaks)
+        report(args, table, layout, needed_flops(Architecture.of(config), batches), sequences, seconds, peaks)
+
+
+def make_update(
+    name: str,
+    args: argparse.Namespace,
+    config: transformers.PretrainedConfig,
+    layout: Layout,
+    sequences: list[Sequence],
+    batches: list[PackedBatch],
+    device: torch.device,
+) -> Callable[[], float]:
+    """One provider's update, which returns the gradient's norm before it was clipped."""
+    train, objective = TrainConfig(), Objective()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    full = args.activation_checkpoint == "full"
+    if name == "fastgrpo-megatron":
+        read = random_model(config, dtype).state_dict().__getitem__
+        kwargs = {"dtype": dtype, "activation_checkpoint": args.activation_checkpoint}
+        kwargs |= {"overlap_grad_reduce": args.overlap_grad_reduce}
+        megatron = MegatronLearner(Architecture.of(config), read, layout, train, num_updates=1000, **kwargs)
+        mine = batches[megatron.parallel.dp_rank :: megatron.parallel.dp_size]
+        return lambda: megatron.update(mine, objective).grad_norm
+    if name == "fastgrpo-torch":
+        model = prepare(random_model(config, dtype).to(device))
+        if full:
+            model.gradient_checkpointing_enable()
+        learner = TorchLearner(model, train, num_updates=1000)
+        return lambda: learner.update(batches, objective).grad_norm
+    make = functools.partial(trl, group_size=args.group_size) if name == "trl" else hugging_face
+    padded = pad(sequences, args.tokens_per_microbatch, device)
+    return make(random_model(config, torch.float32).to(device), padded, train, checkpoint=full)
 
 
 def peak_bytes(device: torch.device) -> list[int]:
@@ -158,15 +183,15 @@ def report(
     args: argparse.Namespace,
     table: Table,
     layout: Layout,
-    architecture: Architecture,
-    batches: list[PackedBatch],
+    flops: float,
+    sequences: list[Sequence],
     seconds: dict[str, list[float]],
     peaks: list[int],
 ) -> None:
     """Rows for every provider; peak memory is given only where one provider ran, so that it is that provider's."""
-    tokens, world_size = sum(batch.num_tokens for batch in batches), dist.get_world_size()
+    tokens, world_size = sum(len(s.prompt_ids) + len(s.token_ids) for s in sequences), dist.get_world_size()
     x = f"{args.model} {layout} dp={world_size // layout.num_model_ranks} tokens={tokens}"
-    flops = needed_flops(architecture, batches)
+    x += f" checkpoint={args.activation_checkpoint}"
     for name, values in seconds.items():
         table.add("learner", name, "update", "rate", "tok/s", x, [tokens / value for value in values])
         table.add("learner", name, "update", "time", "ms", x, [value * 1e3 for value in values])
@@ -174,7 +199,7 @@ def report(
             peak = args.peak_tflops * 1e12 * world_size
             table.add("learner", name, "update", "mfu", "%", x, [100 * flops / value / peak for value in values])
     for rank, peak in enumerate(peaks):
-        table.add("learner", "fastgrpo-megatron", "update", "peak_memory", "bytes", f"{x} rank={rank}", [peak])
+        table.add("learner", args.providers[0], "update", "peak_memory", "bytes", f"{x} rank={rank}", [peak])
 
 
 def main() -> None:
@@ -184,16 +209,20 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=1)
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--activation-checkpoint", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--overlap-grad-reduce", action="store_true")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=["fastgrpo-megatron"])
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=256 if torch.cuda.is_available() else 32)
-    parser.add_argument("--completion-tokens", type=int, default=640 if torch.cuda.is_available() else 48)
+    parser.add_argument("--completion-tokens", type=int, default=336 if torch.cuda.is_available() else 48)
     parser.add_argument("--tokens-per-microbatch", type=int, default=16384 if torch.cuda.is_available() else 512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak-tflops", type=float, help="of one device, dense; 989 for an H100 or H200 in bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS / "learner.csv")
     args = parser.parse_args()
     start_process_group()
+    if dist.get_world_size() > 1 and args.providers != ["fastgrpo-megatron"]:
+        parser.error("the other providers run on one process")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     table = Table(device)
     measure(args, device, table)
