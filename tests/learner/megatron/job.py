@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from scenario import (
     NUM_STEPS,
     OBJECTIVE,
     RESHARDED,
+    RESHARDED_EXPERTS,
     RESHARDED_MODEL,
     TRAIN,
     Case,
@@ -203,14 +205,14 @@ def ranks_differ(result: dict[str, Any]) -> list[str]:
     return [key for key in mine if any(other[key] != mine[key] for other in everyone)]
 
 
-def reshard(directory: Path) -> list[dict[str, Any]]:
+def reshard(cases: tuple[Case, ...], directory: Path) -> list[dict[str, Any]]:
     """Two steps in the first layout, and a third in all of them, each from what the one before it has saved."""
     results: list[dict[str, Any]] = []
-    for index, case in enumerate(RESHARDED):
+    for index, case in enumerate(cases):
         learner = MegatronLearner.from_pretrained(
-            str(directory / RESHARDED_MODEL),
+            str(directory / case.model),
             case.layout,
-            TRAIN,
+            train_config(case.model),
             num_updates=NUM_STEPS + 1,
             reference=True,
             distributed_optimizer=case.distributed_optimizer,
@@ -222,8 +224,8 @@ def reshard(directory: Path) -> list[dict[str, Any]]:
                 learner.update(mine, OBJECTIVE)
             learner.move_reference(0.5)
         else:
-            learner.load(directory / f"sharded-{index - 1}")
-        learner.save(empty_directory(directory / f"sharded-{index}"))
+            learner.load(directory / f"sharded-{case.model}-{index - 1}")
+        learner.save(empty_directory(directory / f"sharded-{case.model}-{index}"))
         step = learner.update(mine, OBJECTIVE)
         reference = [learner.logprobs(batch, temperature=1.0, reference=True) for batch in batches]
         weights = {name: tensor.clone() for name, tensor in learner.named_weights()}
@@ -356,7 +358,7 @@ def head_collectives(_: Path) -> dict[str, Any]:
 EXTRAS = {
     2: {"head_collectives": head_collectives, "sequence_ratios": sequence_ratios},
     1: {"bfloat16": bfloat16, "odd_checkpoints": odd_checkpoints, "kept_activations": kept_activations},
-    4: {"reshard": reshard},
+    4: {"reshard": partial(reshard, RESHARDED), "reshard_experts": partial(reshard, RESHARDED_EXPERTS)},
 }
 
 

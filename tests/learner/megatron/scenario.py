@@ -97,12 +97,18 @@ CASES = (
 # Each loads what the one before has saved; the last is the first again.
 RESHARDED_MODEL = "qwen2-tied"
 RESHARDED = (
-    Case(processes=4, layout=Layout(tp=2, pp=2)),
-    Case(processes=4, layout=Layout(tp=4), distributed_optimizer=False),
-    Case(processes=4, layout=Layout(pp=4)),
-    Case(processes=4, layout=Layout()),
-    Case(processes=4, layout=Layout(tp=2), distributed_optimizer=False),
-    Case(processes=4, layout=Layout(tp=2, pp=2)),
+    Case(processes=4, layout=Layout(tp=2, pp=2), model=RESHARDED_MODEL),
+    Case(processes=4, layout=Layout(tp=4), model=RESHARDED_MODEL, distributed_optimizer=False),
+    Case(processes=4, layout=Layout(pp=4), model=RESHARDED_MODEL),
+    Case(processes=4, layout=Layout(cp=2), model=RESHARDED_MODEL),
+    Case(processes=4, layout=Layout(tp=2), model=RESHARDED_MODEL, distributed_optimizer=False),
+    Case(processes=4, layout=Layout(tp=2, pp=2), model=RESHARDED_MODEL),
+)
+RESHARDED_EXPERTS = (
+    Case(processes=4, layout=Layout(tp=2, sp=True, ep=2), model="qwen3_moe"),
+    Case(processes=4, layout=Layout(tp=2, pp=2, sp=True), model="qwen3_moe"),
+    Case(processes=4, layout=Layout(ep=4), model="qwen3_moe", distributed_optimizer=False),
+    Case(processes=4, layout=Layout(tp=2, sp=True, ep=2), model="qwen3_moe"),
 )
 
 

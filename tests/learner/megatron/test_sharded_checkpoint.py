@@ -3,12 +3,17 @@
 import pytest
 import torch
 from oracle import largest_error
-from scenario import NUM_STEPS, RESHARDED
+from scenario import NUM_STEPS, RESHARDED, RESHARDED_EXPERTS
+
+CHAINS = {"reshard": RESHARDED, "reshard_experts": RESHARDED_EXPERTS}
+LATER = [(chain, index) for chain, cases in CHAINS.items() for index in range(1, len(cases))]
 
 
-@pytest.mark.parametrize("index", range(1, len(RESHARDED)), ids=lambda index: RESHARDED[index].name.replace(" ", "-"))
-def test_the_next_step_is_the_same_in_every_layout(index, results_of):
-    first, other = (results_of(4)["reshard"][i] for i in (0, index))
+@pytest.mark.parametrize(
+    ("chain", "index"), LATER, ids=[CHAINS[chain][index].name.replace(" ", "-") for chain, index in LATER]
+)
+def test_the_next_step_is_the_same_in_every_layout(chain, index, results_of):
+    first, other = (results_of(4)[chain][i] for i in (0, index))
     assert other["step"]["policy_version"] == NUM_STEPS
     assert other["step"]["loss"] == pytest.approx(first["step"]["loss"], rel=5e-6)
     worst, name = largest_error(other["weights"], first["weights"])
@@ -16,9 +21,10 @@ def test_the_next_step_is_the_same_in_every_layout(index, results_of):
     assert (other["reference"] - first["reference"]).abs().max() <= 1e-5
 
 
-def test_a_state_that_went_through_all_layouts_goes_on_bit_for_bit_in_its_own(results_of):
-    first, again = results_of(4)["reshard"][0], results_of(4)["reshard"][-1]
-    assert RESHARDED[0] == RESHARDED[-1]
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_state_that_went_through_all_layouts_goes_on_bit_for_bit_in_its_own(chain, results_of):
+    first, again = results_of(4)[chain][0], results_of(4)[chain][-1]
+    assert CHAINS[chain][0] == CHAINS[chain][-1]
     assert again["step"] == first["step"]
     assert all(torch.equal(again["weights"][name], tensor) for name, tensor in first["weights"].items())
     assert torch.equal(again["reference"], first["reference"])
