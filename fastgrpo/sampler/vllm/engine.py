@@ -30,6 +30,8 @@ from fastgrpo.sampler.vllm.adopt import LOAD_FORMAT, Adoption, adopting
 from fastgrpo.types import WeightSlice
 
 SLACK_STEPS = 64
+MAX_BATCHED_TOKENS = 2048
+"""Of one step on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +152,14 @@ def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
         if not on_cpu:  # vLLM wants this share to be free all the same, and its default is nearly everything
             total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             optional["gpu_memory_utilization"] = settings.kv_cache_bytes / total
-    if on_cpu:  # a prompt is shared by whole blocks only, and the default is 128 tokens
-        optional |= {"block_size": 32, "async_scheduling": False}
+    if on_cpu:
+        optional |= {
+            "block_size": 32,  # a prompt is shared by whole blocks only, and the default is 128 tokens
+            "async_scheduling": False,
+            # After a prompt's first part vLLM winds its generator back, which a CPU's cannot do: prompts stay whole.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, settings.max_model_len),
+        }
     return EngineArgs(
         model=directory,
         skip_tokenizer_init=True,

@@ -36,6 +36,7 @@ from vllm.v1.engine.core_client import InprocClient
 
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.sampler.draw import _cut as cut
+from fastgrpo.sampler.vllm.engine import MAX_BATCHED_TOKENS
 from fastgrpo.sampler.vllm.sampler import VLLMSampler
 from fastgrpo.types import SamplingParams
 from fastgrpo.weights import Exchange
@@ -47,10 +48,12 @@ ALLOCATING = ("empty", "empty_strided", "empty_like", "zeros", "ones", "full", "
 class Pair:
     """A learner, a sampler on its tensors, and the exchange between them."""
 
-    def __init__(self, kind: str, *, changed: Callable[[list], list] = list, observed_by: Any = None) -> None:
+    def __init__(
+        self, kind: str, *, changed: Callable[[list], list] = list, observed_by: Any = None, **more: Any
+    ) -> None:
         self.learner = TorchLearner(load(DIRECTORY, kind), TRAIN, num_updates=9)
         self.messages: list[str] = []
-        config = settings(self.learner.model.config)
+        config = settings(self.learner.model.config, **more)
         with observed_by or nullcontext():
             self.sampler = VLLMSampler(
                 config, lambda: changed(self.learner.weight_slices()), max_restarts=1, notify=self.messages.append
@@ -127,6 +130,16 @@ def sharing(kind: str) -> dict[str, Any]:
     }
 
 
+def crowded() -> int:
+    """Completions drawn where the prompts are more than one step of the engine takes in."""
+    pair = Pair("qwen2", max_sequences=64)
+    longest = prompts(320)[4::5]
+    assert sum(len(prompt.token_ids) for prompt in longest) > MAX_BATCHED_TOKENS
+    groups = pair.generate(longest, num_samples=1)
+    pair.sampler.close()
+    return sum(len(group.rollouts) for group in groups)
+
+
 def sampling(pair: Pair) -> dict[str, Any]:
     """What the samples depend on, and what their logprobs mean."""
     oracle = AutoModelForCausalLM.from_pretrained(DIRECTORY / "qwen3", dtype=torch.float32)
@@ -136,6 +149,7 @@ def sampling(pair: Pair) -> dict[str, Any]:
     result["alone"] = drawn(pair.generate(chosen[2:3]))
     result["other_seed"] = drawn(pair.generate(chosen, seed=6))
     result["no_prompts"] = pair.generate([])
+    result["crowded"] = crowded()
     greedy = replace(SAMPLING, temperature=0.0)
     for name, params in {
         "warm": replace(SAMPLING, temperature=0.7),

@@ -40,6 +40,10 @@ def test_samples_depend_on_the_seed_and_the_prompt_alone(alone):
     assert found["no_prompts"] == []
 
 
+def test_prompts_wait_where_one_step_cannot_take_them_all(alone):
+    assert alone["sampling"]["crowded"] == 64
+
+
 def test_siblings_differ(alone):
     for completions in alone["sampling"]["drawn"].values():
         assert len({tuple(tokens) for tokens in completions}) == NUM_SAMPLES
