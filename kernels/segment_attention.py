@@ -13,7 +13,10 @@ Letters: T packed rows, K segments, B blocks of L rows in one call, A query head
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,9 +47,8 @@ def attention_with_lse(
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """The attention over both key sets, from the attention over each: (..., D) outputs and their (...) lse."""
-    merged = torch.logaddexp(lse, other_lse)
-    share, other_share = ((part - merged).exp().to(out.dtype)[..., None] for part in (lse, other_lse))
-    return out * share + other_out * other_share, merged
+    other_share = torch.sigmoid(other_lse - lse).to(out.dtype)[..., None]
+    return out.lerp(other_out, other_share), torch.logaddexp(lse, other_lse)
 
 
 def attention_backward(
@@ -101,18 +103,26 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 # --- the plan of a packed batch ---------------------------------------------------------------------------------------
 
 
+Rows: TypeAlias = Tensor | slice
+"""Rows of a tensor: their numbers, or a range, which is read and written without a copy."""
+_ALONE = 256
+"""Rows that lie together and are worth a call of their own, as a view, rather than a part in a gathered one."""
+
+
 @dataclass(frozen=True)
 class _Call:
     """One batched dense attention: which rows are its queries and its keys."""
 
-    q_rows: Tensor
-    """(B*L,) rows, padded by repeating each block's last row."""
-    q_valid: Tensor | None
-    """Indices into B*L that are not padding; None where there is none."""
-    kv_rows: Tensor
-    """(B*M,) rows."""
+    q_rows: Rows
+    """B*L rows, padded by repeating each block's last row."""
+    kv_rows: Rows
+    """B*M rows."""
     num_blocks: int
     causal: bool
+    q_valid: Tensor | None
+    """Indices into B*L that are not padding; None where there is none."""
+    q_padding: Tensor | None
+    """(B, 1, L, 1) bool, the others."""
 
 
 class SegmentPlan:
@@ -150,15 +160,18 @@ class SegmentPlan:
                     earlier[start, begin].append((begin, stop))
                 if prefix_start < prefix_end:
                     sharers[prefix_start, prefix_end].append((begin, stop))
-        buckets = _buckets(own, lambda piece: (_padded(piece[1] - piece[0]),))
-        self.own = [_placed(_causal_call(bucket), share, device) for bucket in buckets]
+        self.own = [
+            _causal_call([piece for run in bucket for piece in run], share, device)
+            for bucket in _buckets(_runs(own), lambda run: run, lambda run: _padded(_length(run[:1])))
+        ]
         # Keys cannot be padded without a mask, so only prefixes of the very same length share a call.
         self.prefix = [
-            _placed(_prefix_call(bucket), share, device)
+            _prefix_call(bucket, share, device)
             for seen in (earlier, sharers)
             for bucket in _buckets(
                 list(seen.items()),
-                lambda item: (item[0][1] - item[0][0], _padded(sum(end - start for start, end in item[1]))),
+                lambda item: item[1],
+                lambda item: (_length([item[0]]), _padded(_length(item[1]))),
             )
         ]
 
@@ -169,10 +182,28 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _buckets(items, key):
+def _length(ranges: list[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
+
+
+def _runs(pieces: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Neighbours of equal length together."""
+    runs: list[list[tuple[int, int]]] = []
+    for piece in pieces:
+        if runs and runs[-1][-1][1] == piece[0] and _length(runs[-1][-1:]) == _length([piece]):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
+
+
+def _buckets(items: list[Any], ranges_of: Callable[[Any], list[tuple[int, int]]], key: Callable[[Any], Any]):
+    """Items that share a call: those of one key, but one alone whose many rows follow each other."""
     found = defaultdict(list)
-    for item in items:
-        found[key(item)].append(item)
+    for number, item in enumerate(items):
+        ranges = ranges_of(item)
+        follow = all(before[1] == after[0] for before, after in pairwise(ranges))
+        found[number if follow and _length(ranges) >= _ALONE else (key(item),)].append(item)
     return list(found.values())
 
 
@@ -185,27 +216,44 @@ def _padded_rows(blocks: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     return rows.flatten(), valid
 
 
-def _causal_call(ranges: list[tuple[int, int]]) -> _Call:
+def _causal_call(ranges: list[tuple[int, int]], share: RowShare | None, device) -> _Call:
     rows, valid = _padded_rows([torch.arange(start, end) for start, end in ranges])
-    return _Call(q_rows=rows, q_valid=valid, kv_rows=rows, num_blocks=len(ranges), causal=True)
+    return _call(rows, rows, valid, len(ranges), True, share, device)
 
 
-def _prefix_call(bucket) -> _Call:
+def _prefix_call(bucket, share: RowShare | None, device) -> _Call:
     queries = [torch.cat([torch.arange(start, end) for start, end in ranges]) for _, ranges in bucket]
     rows, valid = _padded_rows(queries)
     keys = torch.cat([torch.arange(start, end) for (start, end), _ in bucket])
-    return _Call(q_rows=rows, q_valid=valid, kv_rows=keys, num_blocks=len(bucket), causal=False)
+    return _call(rows, keys, valid, len(bucket), False, share, device)
 
 
-def _placed(call: _Call, share: RowShare | None, device) -> _Call:
+def _call(
+    q_rows: Tensor,
+    kv_rows: Tensor,
+    valid: Tensor | None,
+    num_blocks: int,
+    causal: bool,
+    share: RowShare | None,
+    device,
+) -> _Call:
     """The call on the device, its packed rows turned into those of this rank's queries and of the gathered keys."""
-    q_rows, kv_rows = call.q_rows, call.kv_rows
     if share is not None:
         held = torch.empty(share.num_rows, dtype=torch.int64)
         held[share.rows] = torch.arange(len(share.rows))
         q_rows, kv_rows = held[q_rows], share.gathered[kv_rows]
-    valid = None if call.q_valid is None else call.q_valid.to(device)
-    return replace(call, q_rows=q_rows.to(device), kv_rows=kv_rows.to(device), q_valid=valid)
+    padding = None
+    if valid is not None:
+        padding = torch.ones(len(q_rows), dtype=torch.bool)
+        padding[valid] = False
+        padding = padding.view(num_blocks, 1, -1, 1).to(device)
+        valid = valid.to(device)
+    return _Call(_compact(q_rows, device), _compact(kv_rows, device), num_blocks, causal, valid, padding)
+
+
+def _compact(rows: Tensor, device) -> Rows:
+    first, count = int(rows[0]), len(rows)
+    return slice(first, first + count) if torch.equal(rows, torch.arange(first, first + count)) else rows.to(device)
 
 
 # --- the differentiable op --------------------------------------------------------------------------------------------
@@ -235,30 +283,33 @@ class _SegmentAttention(torch.autograd.Function):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for call in (*ctx.plan.own, *ctx.plan.prefix):
             block_grad = _take(call, grad, call.q_rows)
-            if call.q_valid is not None:  # padding repeats a row: its gradient must not count again
-                padding = torch.ones(len(call.q_rows), dtype=torch.bool, device=grad.device)
-                padding[call.q_valid] = False
-                block_grad = block_grad.masked_fill(padding.view(call.num_blocks, 1, -1, 1), 0.0)
+            if call.q_padding is not None:  # padding repeats a row: its gradient must not count again
+                block_grad = block_grad.masked_fill(call.q_padding, 0.0)
             block_dq, block_dk, block_dv = attention_backward(
                 block_grad,
                 _take(call, q, call.q_rows),
                 _take(call, k, call.kv_rows),
                 _take(call, v, call.kv_rows),
                 _take(call, out, call.q_rows),
-                lse[call.q_rows].unflatten(0, (call.num_blocks, -1)).transpose(1, 2).contiguous(),
+                _take(call, lse, call.q_rows).contiguous(),
                 causal=call.causal,
                 scale=ctx.scale,
             )
-            dq.index_add_(0, _valid(call, call.q_rows), _valid(call, _rows(block_dq)))
+            _add(dq, _valid(call, call.q_rows), _valid(call, _rows(block_dq)))
             kv_valid = call if call.causal else None
-            dk.index_add_(0, _valid(kv_valid, call.kv_rows), _valid(kv_valid, _rows(block_dk)))
-            dv.index_add_(0, _valid(kv_valid, call.kv_rows), _valid(kv_valid, _rows(block_dv)))
+            _add(dk, _valid(kv_valid, call.kv_rows), _valid(kv_valid, _rows(block_dk)))
+            _add(dv, _valid(kv_valid, call.kv_rows), _valid(kv_valid, _rows(block_dv)))
         return dq, dk, dv, None, None
 
 
-def _take(call: _Call, x: Tensor, rows: Tensor) -> Tensor:
-    """(T, A, D) -> (B, A, L, D)."""
-    return x.index_select(0, rows).unflatten(0, (call.num_blocks, -1)).transpose(1, 2)
+def _add(total: Tensor, rows: Rows, part: Tensor) -> None:
+    total[rows].add_(part) if isinstance(rows, slice) else total.index_add_(0, rows, part)
+
+
+def _take(call: _Call, x: Tensor, rows: Rows) -> Tensor:
+    """(T, A, ...) -> (B, A, L, ...)."""
+    taken = x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+    return taken.unflatten(0, (call.num_blocks, -1)).transpose(1, 2)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -266,7 +317,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _valid(call: _Call | None, x: Tensor) -> Tensor:
+def _valid(call: _Call | None, x: Any) -> Any:
+    """x, rows or a tensor of them, without padding."""
     return x if call is None or call.q_valid is None else x.index_select(0, call.q_valid)
 
 

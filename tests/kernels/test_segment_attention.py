@@ -41,6 +41,7 @@ def layout(*groups):
 LAYOUTS = {
     "ragged": layout((7, 5, 1, 40), (3, 2, 2), (7, 17, 18)),
     "uniform": layout((8, 4, 4), (8, 4, 4)),
+    "views": layout((70, 64, 64, 64, 64), (70, 90, 90, 90), (3, 2)),
     "one completion": layout((5, 3)),
     "no prefix": torch.tensor([[0, 6, 0, 0], [6, 7, 0, 0], [7, 30, 0, 0]]),
     "one token": layout((1, 1)),
@@ -121,3 +122,12 @@ def test_rows_of_another_batch_are_refused():
         segment_attention(*(torch.zeros(3, 1, 8) for _ in range(3)), SegmentPlan(torch.tensor([[0, 2, 0, 0]])), scale=1)
     with pytest.raises(ValueError, match="prefix"):
         SegmentPlan(torch.tensor([[0, 2, 5, 9]]))
+
+
+def test_rows_that_lie_together_are_read_without_a_copy():
+    plan = SegmentPlan(LAYOUTS["views"])
+    assert [call.q_rows for call in plan.own if call.num_blocks > 2] == [slice(70, 326), slice(396, 666)]
+    assert [(call.q_rows, call.kv_rows) for call in plan.prefix[:2]] == [
+        (slice(70, 326), slice(0, 70)),
+        (slice(396, 666), slice(326, 396)),
+    ]
