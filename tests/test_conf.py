@@ -56,7 +56,8 @@ def test_every_choice_composes_and_validates(group, choice, questions):
 def test_every_folder_and_file_of_conf_is_a_choice():
     """So that the tests above see them all."""
     files = {str(path.relative_to(CONF)) for path in Path(CONF).rglob("*.yaml")}
-    assert files == {"train.yaml", "eval.yaml", "verify.yaml", *(f"{group}/{choice}.yaml" for group, choice in CHOICES)}
+    commands = {"train.yaml", "eval.yaml", "plan.yaml", "verify.yaml"}
+    assert files == commands | {f"{group}/{choice}.yaml" for group, choice in CHOICES}
     assert {group for group, _ in CHOICES} >= {"model", "data", "reward", "algorithm", "learner", "sampler", "cluster"}
 
 
