@@ -13,54 +13,50 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from fastgrpo.learner.expert_balance import ExpertBalance
 
+NUM_DIGITS = 16
+"""Of a row's weight, which is at most the number of sequences in a micro-batch."""
+
 
 class Router(TopKRouter):
     """Megatron's router, whose product without transformer-engine is an undefined name (megatron-core 0.16.1)."""
 
     balance: ExpertBalance | None = None
-    """Watches the choices, where the model is trained."""
-    row_weights: Tensor
-    """(T,) of the rows that the layer is about to deal; see expert_balance.row_weights."""
+    """Watches the choices."""
 
     def gating(self, input: Tensor) -> Tensor:
         """(T, 1, H) -> (T, 1, experts), in the model's dtype as in transformers and vLLM."""
         return F.linear(input, self.weight)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(T, 1, experts) -> (T, experts) weights of the chosen experts, 0 elsewhere, and which are chosen."""
-        assert padding_mask is None
+        """(T, 1, experts) -> (T, experts) weights of the chosen experts, 0 elsewhere, and which are chosen.
+
+        padding_mask: (T, 1, NUM_DIGITS), in_binary's, of all the tokens that sequence parallelism cuts.
+        """
         weights, chosen = super().routing(logits)
-        if self.balance is not None:
-            layer, rows = self.layer_number - 1, self.row_weights
-            weights = self.balance.observe(layer, rows, logits.flatten(0, 1), chosen, weights)
-        return weights, chosen
+        if self.balance is None:
+            return weights, chosen
+        assert padding_mask is not None
+        if self.config.sequence_parallel:
+            padding_mask = padding_mask.chunk(self.tp_group.size())[self.tp_group.rank()]
+        digits = 2.0 ** torch.arange(NUM_DIGITS, device=logits.device)
+        rows = padding_mask[:, 0].float() @ digits  # (T,)
+        return self.balance.observe(self.layer_number - 1, rows, logits.flatten(0, 1), chosen, weights), chosen
 
 
-def watch(chunk: nn.Module, balance: ExpertBalance) -> None:
-    """Let the balance observe every router of the model.
+def in_binary(row_weights: Tensor) -> Tensor:
+    """(T,) of expert_balance.row_weights -> (1, T, NUM_DIGITS) bool, to be passed as the padding mask.
 
-    A layer's call carries the row weights to its router in Megatron's argument for a padding mask, which is handed
-    through every stage and recomputation and which a batch without padding does not need.
+    It is the one argument that Megatron hands to its routers, as bool, through stages and recomputations; there is no
+    padding to mask.
     """
-
-    def hand_over(layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        weights = kwargs["padding_mask"][0]
-        if layer.config.sequence_parallel:
-            weights = weights.chunk(layer.tp_group.size())[layer.tp_group.rank()]
-        layer.router.row_weights = weights
-        return args, {**kwargs, "padding_mask": None}
-
-    for module in chunk.modules():
-        if isinstance(module, MoELayer):
-            module.router.balance = balance
-            module.register_forward_pre_hook(hand_over, with_kwargs=True)
+    assert not len(row_weights) or int(row_weights.max()) < 2**NUM_DIGITS
+    return (row_weights.long()[:, None] >> torch.arange(NUM_DIGITS)).bitwise_and(1).bool()[None]
 
 
 class Experts(nn.Module):

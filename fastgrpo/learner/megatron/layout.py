@@ -11,6 +11,8 @@ from fastgrpo.config import UserError
 from fastgrpo.learner.megatron.architecture import Architecture
 
 NUM_SUGGESTIONS = 3
+GROUPED_MULTIPLE = 8
+"""Of the columns in a grouped product's matrices, whose rows must lie at multiples of 16 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +112,12 @@ def _expert_misfit(layout: Layout, architecture: Architecture) -> str | None:
         return (
             f"learner.tp={tp}: a model with experts deals tokens to them by sequence parallelism; add learner.sp=true"
         )
-    if architecture.expert_ffn_size % layout.expert_tp:
-        return f"learner.tp={tp}: does not divide the feed-forward size {architecture.expert_ffn_size} of an expert"
+    size, left = architecture.expert_ffn_size, architecture.expert_ffn_size // layout.expert_tp
+    if size % layout.expert_tp:
+        return f"learner.tp={tp}: does not divide the feed-forward size {size} of an expert"
+    if left % GROUPED_MULTIPLE:
+        multiple = f"a grouped product wants a multiple of {GROUPED_MULTIPLE}"
+        return f"learner.tp={tp}: leaves {left} of an expert's feed-forward size {size}, and {multiple}"
     return None
 
 

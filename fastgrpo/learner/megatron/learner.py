@@ -25,7 +25,7 @@ from fastgrpo.learner.megatron import convert, head, parallel, sharded_checkpoin
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.convert import Read
 from fastgrpo.learner.megatron.cpu import megatron_on_cpu
-from fastgrpo.learner.megatron.experts import watch
+from fastgrpo.learner.megatron.experts import Router
 from fastgrpo.learner.megatron.hf_weights import from_directory
 from fastgrpo.learner.megatron.layout import Layout, data_parallel_size
 from fastgrpo.learner.megatron.microbatch import MicroBatch, prepare, scored_share
@@ -85,9 +85,9 @@ class MegatronLearner:
             self.optimizer = Optimizer(self.ddp, config, dtype)
         self.device = self.policy[0].inv_freq.device
         self.balance = _balance(architecture, config.moe_aux_loss_coef, self.device)
-        if self.balance is not None:
-            for chunk in [*self.policy, *(self.reference or [])]:
-                watch(chunk, self.balance)
+        for module in (module for chunk in self.policy for module in chunk.modules()):
+            if isinstance(module, Router):
+                module.balance = self.balance
         self._offload = Offload()
 
     @classmethod
@@ -193,7 +193,7 @@ class MegatronLearner:
                 position_ids=batch.position_ids[None],
                 attention_mask=None,
                 packed_seq_params=item.packed,
-                padding_mask=None if self.balance is None else item.row_weights[None],
+                padding_mask=None if self.balance is None else item.row_weights,
             )
             return hidden, partial(of_hidden, model, batch)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgrpo.kernels.row_share import RowShare
 from fastgrpo.kernels.segment_attention import SegmentPlan
 from fastgrpo.learner.expert_balance import row_weights
+from fastgrpo.learner.megatron.experts import in_binary
 from fastgrpo.learner.megatron.model import SegmentParams
 from fastgrpo.learner.megatron.parallel import Parallel
 from fastgrpo.types import PackedBatch
@@ -36,7 +37,7 @@ class MicroBatch:
     batch: PackedBatch
     packed: SegmentParams
     row_weights: Tensor
-    """(T,) float32; see expert_balance.row_weights."""
+    """(1, T, 16) bool: expert_balance.row_weights in binary, for the routers."""
 
 
 def prepare(batches: Iterable[PackedBatch], parallel: Parallel, device: torch.device) -> list[MicroBatch]:
@@ -75,7 +76,7 @@ def _ready(batch: PackedBatch, parallel: Parallel, device: torch.device) -> Micr
     return MicroBatch(
         batch.to(device),
         SegmentParams(plan=SegmentPlan(segments, device, share)),
-        weights.to(device, non_blocking=True),
+        in_binary(weights).to(device, non_blocking=True),
     )
 
 
