@@ -8,13 +8,18 @@ allocated, and fastgrpo/weights.py fills it whenever the weights are shared; `Ad
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import register_model_loader
@@ -101,11 +106,9 @@ def _matrices_on_meta() -> Iterator[None]:
 
         return create
 
-    methods = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-    with (
-        patch.object(methods[0], "create_weights", without_memory(methods[0].create_weights)),
-        patch.object(methods[1], "create_weights", without_memory(methods[1].create_weights)),
-    ):
+    with ExitStack() as stack:
+        for method in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod):
+            stack.enter_context(patch.object(method, "create_weights", without_memory(method.create_weights)))
         yield
 
 
@@ -187,5 +190,22 @@ def _use_plain_linears(model: nn.Module) -> None:
         method = getattr(module, "quant_method", None)
         if isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
             module.cpu_linear = linear  # type: ignore[assignment]
+        elif isinstance(method, UnquantizedFusedMoEMethod):
+            method.apply = partial(_plain_experts, module)  # type: ignore[method-assign]
         elif method is not None and not isinstance(module, VocabParallelEmbedding):
             raise NotImplementedError(f"{type(method).__name__} computes with weights that fastgrpo cannot share yet")
+
+
+def _plain_experts(
+    experts: Any, layer: nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    """(T, H), (T, K) weights and numbers of each token's experts -> (T, H), one expert after the other."""
+    assert experts.activation == MoEActivation.SILU, experts.activation
+    result = torch.zeros_like(x)
+    for number, (gate_up, down) in enumerate(zip(experts.w13_weight, experts.w2_weight, strict=True)):
+        tokens, choices = (topk_ids == number).nonzero(as_tuple=True)
+        if len(tokens):
+            gate, up = linear(x[tokens], gate_up).chunk(2, -1)
+            out = linear(F.silu(gate) * up, down) * topk_weights[tokens, choices, None]
+            result.index_add_(0, tokens, out.to(x.dtype))
+    return result

@@ -160,6 +160,8 @@ def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, settings.max_model_len),
         }
+    elif hasattr(settings.config, "num_experts") and hasattr(EngineArgs, "moe_backend"):
+        optional["moe_backend"] = "triton"  # others shuffle the experts into a form of their own
     return EngineArgs(
         model=directory,
         skip_tokenizer_init=True,

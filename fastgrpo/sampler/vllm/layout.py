@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
-    LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
@@ -73,8 +73,8 @@ def _slices(module: nn.Module, kind: str, prefix: str, leaf: str, memory: Tensor
             start=(0, module.tp_rank * columns),
             tensor=memory,
         )
-    elif isinstance(module, LinearBase) and module.tp_size > 1 and kind == "weight":
-        raise NotImplementedError(f"{prefix}{leaf} is a {type(module).__name__}, which fastgrpo cannot cut yet")
+    elif isinstance(module, RoutedExperts):
+        yield from _experts(module, kind, prefix, memory)
     else:  # norms, and whatever every rank holds whole
         yield WeightSlice(
             name=f"{prefix}{leaf}.{kind}", full_shape=tuple(memory.shape), start=(0,) * memory.ndim, tensor=memory
@@ -87,6 +87,27 @@ def _qkv(module: QKVParallelLinear) -> Iterator[tuple[str, int, int, int]]:
     yield "q_proj", module.total_num_heads * size, module.tp_rank * module.num_heads * size, module.num_heads * size
     for name in ("k_proj", "v_proj"):
         yield name, module.total_num_kv_heads * size, kv_rank * module.num_kv_heads * size, module.num_kv_heads * size
+
+
+def _experts(module: RoutedExperts, kind: str, prefix: str, memory: Tensor) -> Iterator[WeightSlice]:
+    """w13 (E, 2F, H) is every expert's gate above its up projection, w2 (E, H, F) its down projection; tensor
+    parallelism cuts F, expert parallelism deals whole experts."""
+    moe, place = module.moe_config, module.moe_config.moe_parallel_config
+    size = module.intermediate_size_per_partition
+    if kind not in ("w13_weight", "w2_weight") or moe.intermediate_size_per_partition_unpadded != size:
+        raise NotImplementedError(f"{prefix}{kind} is padded, or more than a matrix, which fastgrpo cannot share yet")
+    first, whole = place.tp_rank * size, place.tp_size * size
+    for local, expert in enumerate(memory):
+        stem = f"{prefix}{place.ep_rank * len(memory) + local}"
+        if kind == "w13_weight":
+            for name, rows in zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True):
+                yield WeightSlice(
+                    name=f"{stem}.{name}.weight", full_shape=(whole, rows.shape[1]), start=(first, 0), tensor=rows
+                )
+        else:
+            yield WeightSlice(
+                name=f"{stem}.down_proj.weight", full_shape=(len(expert), whole), start=(0, first), tensor=expert
+            )
 
 
 def _fused(blocks, kind: str, prefix: str, memory: Tensor) -> Iterator[WeightSlice]:

@@ -10,6 +10,7 @@ class Case:
     model: str
     learner_tp: int = 1
     learner_pp: int = 1
+    learner_ep: int = 1
     sampler_tp: int = 1
     bucket_bytes: int = 1 << 14
     """Smaller than a matrix, so that matrices are cut."""
@@ -17,7 +18,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model} tp={self.learner_tp} pp={self.learner_pp} -> tp={self.sampler_tp}"
+        experts = f" ep={self.learner_ep}" if self.learner_ep > 1 else ""
+        return f"{self.model} tp={self.learner_tp} pp={self.learner_pp}{experts} -> tp={self.sampler_tp}"
 
 
 CASES = (
@@ -27,4 +29,6 @@ CASES = (
     Case(model="llama", learner_tp=1, sampler_tp=2),
     Case(model="qwen2", learner_pp=2, sampler_tp=1),
     Case(model="llama", learner_pp=2, sampler_tp=2),
+    Case(model="qwen3_moe", learner_tp=2, sampler_tp=2),
+    Case(model="qwen3_moe", learner_ep=2, sampler_tp=1),
 )

@@ -27,7 +27,8 @@ DIRECTORY = Path(sys.argv[1])
 
 def run(case: Case) -> dict:
     path = str(DIRECTORY / case.model)
-    layout = Layout(tp=case.learner_tp, pp=case.learner_pp)
+    sequence_parallel = case.model == "qwen3_moe" and case.learner_tp > 1  # Megatron's experts want it
+    layout = Layout(tp=case.learner_tp, pp=case.learner_pp, ep=case.learner_ep, sp=sequence_parallel)
     learner = MegatronLearner.from_pretrained(path, layout, TRAIN, num_updates=9)
     sampler = VLLMSampler(
         settings(load_config(path), tp=case.sampler_tp), learner.weight_slices, max_restarts=1, notify=print

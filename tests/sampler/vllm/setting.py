@@ -19,8 +19,9 @@ from fastgrpo.types import Prompt, RolloutGroup, SamplingParams
 
 VOCABULARY = 509
 """Padded to 512, so the second half of a vocabulary cut in two ends in 3 rows that are no token."""
-MODELS = {"qwen2": True, "qwen3": True, "llama": False}
-"""Kind to whether its head is tied: Qwen2 brings biases, Qwen3 norms of queries and keys, Llama a head of its own."""
+MODELS = {"qwen2": True, "qwen3": True, "llama": False, "qwen3_moe": False}
+"""Kind to whether its head is tied: Qwen2 brings biases, Qwen3 norms of queries and keys, Llama a head of its own, and
+Qwen3-MoE experts."""
 TRAIN = TrainConfig(learning_rate=1e-2)
 OBJECTIVE = Objective()
 SAMPLING = SamplingParams(max_new_tokens=12, stop_token_ids=(1,))
@@ -42,6 +43,7 @@ def save_model(directory: Path, kind: str) -> str:
         tie_word_embeddings=MODELS[kind],
         eos_token_id=1,
         pad_token_id=0,
+        **({"moe_intermediate_size": 64} if kind == "qwen3_moe" else {}),  # vLLM pads experts to multiples of 32
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape)

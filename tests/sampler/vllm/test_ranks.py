@@ -5,7 +5,7 @@ from ranks_cases import CASES
 from setting import FLOAT32_TOLERANCE
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-SAME_LAYOUT = [case for case in CASES if case.learner_tp == case.sampler_tp and case.learner_pp == 1]
+SAME_LAYOUT = [case for case in CASES if case.learner_tp == case.sampler_tp and case.learner_pp == case.learner_ep == 1]
 OTHERS = [case for case in CASES if case not in SAME_LAYOUT]
 
 
