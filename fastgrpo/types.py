@@ -128,11 +128,12 @@ class PackedBatch:
 
     A token attends to its own segment's past and to all of the segment's prefix: exactly what G separate
     sequences would compute, with the prompt computed once.
-    Only scored tokens reach the loss head; hidden_rows says which packed row predicts each.
+    Only scored tokens reach the loss head; hidden_rows says which packed row predicts each. A completion's last scored
+    token and what follows it predict nothing, and are not packed.
 
     Example, a prompt [p0 p1] with completions [a0 a1] and [b0]:
-        token_ids    = [p0, p1, a0, a1, b0]      position_ids = [0, 1, 2, 3, 2]
-        segments     = [[0, 2, 0, 0], [2, 4, 0, 2], [4, 5, 0, 2]]
+        token_ids    = [p0, p1, a0]              position_ids = [0, 1, 2]
+        segments     = [[0, 2, 0, 0], [2, 3, 0, 2], [3, 3, 0, 2]]
         hidden_rows  = [1, 2, 1]                 targets      = [a0, a1, b0]
         cu_scored    = [0, 2, 3]                 sequence_ids = [0, 1]
     """
@@ -142,7 +143,8 @@ class PackedBatch:
     position_ids: Tensor
     """(T,) int64; a completion's positions go on from its prompt's end."""
     segments: Tensor
-    """(K, 4) int64: start, end, prefix_start, prefix_end in packed rows; prefix_start == prefix_end for none."""
+    """(K, 4) int64: start, end, prefix_start, prefix_end in packed rows; prefix_start == prefix_end for none.
+    start == end where nothing of a completion but its first token is scored."""
     hidden_rows: Tensor
     """(N,) int64."""
     targets: Tensor

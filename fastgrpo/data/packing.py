@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class Sequence:
     token_weights: Tensor
     """0 where the token carries no loss."""
     sampler_logprobs: Tensor
+
+    @cached_property
+    def num_read(self) -> int:
+        """How many of its tokens are packed: those before the last one with loss, for nothing later predicts any."""
+        return int(self.token_weights.nonzero()[-1])
 
 
 def pack(sequences: list[Sequence], *, max_tokens: int, share_prompts: bool) -> list[PackedBatch]:
@@ -57,14 +63,14 @@ def pack(sequences: list[Sequence], *, max_tokens: int, share_prompts: bool) -> 
 def fair_budget(sequences: list[Sequence], num_ranks: int) -> int:
     """A token budget under which the sequences make about as many equal micro-batches as there are ranks, at least."""
     learned = [sequence for sequence in sequences if bool((sequence.token_weights != 0).any())]
-    total = sum(len(sequence.token_ids) for sequence in learned)
+    total = sum(sequence.num_read for sequence in learned)
     total += sum({sequence.group_id: len(sequence.prompt_ids) for sequence in learned}.values())
     longest = max((_num_tokens([sequence]) for sequence in learned), default=1)
     return max(longest, -(-total // num_ranks))
 
 
 def _num_tokens(unit: list[Sequence]) -> int:
-    return len(unit[0].prompt_ids) + sum(len(sequence.token_ids) for sequence in unit)
+    return len(unit[0].prompt_ids) + sum(sequence.num_read for sequence in unit)
 
 
 def _units(sequences: list[Sequence], max_tokens: int, share_prompts: bool) -> Iterator[list[Sequence]]:
@@ -73,7 +79,7 @@ def _units(sequences: list[Sequence], max_tokens: int, share_prompts: bool) -> I
     for sequence in sequences:
         if _num_tokens([sequence]) > max_tokens:
             raise ValueError(
-                f"learner.max_tokens_per_microbatch={max_tokens}: a completion and its prompt have "
+                f"learner.max_tokens_per_microbatch={max_tokens}: a completion and its prompt pack to "
                 f"{_num_tokens([sequence])} tokens; raise it to at least that"
             )
         same_group = bool(unit) and unit[0].group_id == sequence.group_id
@@ -98,14 +104,14 @@ def _pack_one(units: list[list[Sequence]], share_prompts: bool) -> PackedBatch:
         if share_prompts:
             segments.append((prompt_start, prompt_end, 0, 0))
         for sequence in unit:
-            end = at + len(sequence.token_ids)
-            token_ids.append(sequence.token_ids)
+            end = at + sequence.num_read
+            token_ids.append(sequence.token_ids[: sequence.num_read])
             position_ids.append(torch.arange(len(prompt), len(prompt) + end - at))
             segments.append((at, end, prompt_start, prompt_end) if share_prompts else (prompt_start, end, 0, 0))
             # The row that predicts a token is the one before it; the prompt's last row predicts every first token.
-            predictors = torch.cat([torch.tensor([prompt_end - 1]), torch.arange(at, end - 1)])
+            predictors = torch.cat([torch.tensor([prompt_end - 1]), torch.arange(at, end)])
             keep = sequence.token_weights != 0
-            hidden_rows.append(predictors[keep])
+            hidden_rows.append(predictors[keep[: len(predictors)]])
             scored.append((sequence, keep))
             at = end
     counts = torch.tensor([0, *(int(keep.sum()) for _, keep in scored)])

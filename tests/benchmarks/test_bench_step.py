@@ -71,7 +71,7 @@ def test_both_sides_in_turns_give_a_complete_csv_with_equal_counts(tmp_path):
             parts = [value(rows, provider, "time", x, part) for part in ("generate", "reward", "update")]
             assert min(parts) >= 0
             assert value(rows, provider, "time", x) > 0
-        assert value(rows, "fastgrpo", "learner_rows", x) == 2 * (prompt + 4 * 6)
+        assert value(rows, "fastgrpo", "learner_rows", x) == 2 * (prompt + 4 * 5)
         assert value(rows, "trl", "learner_rows", x) == 2 * 4 * (prompt + 6)
         medians = value(rows, "trl", "time", x) / value(rows, "fastgrpo", "time", x)
         assert value(rows, "trl/fastgrpo", "speedup_of_medians", x) == pytest.approx(medians, rel=1e-4)

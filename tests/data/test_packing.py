@@ -24,9 +24,9 @@ GROUP = [sequence(0, 0, [10, 11], [20, 21]), sequence(1, 0, [10, 11], [30])]
 
 def test_a_group_shares_its_prompt():
     (batch,) = pack(GROUP, max_tokens=100, share_prompts=True)
-    assert batch.token_ids.tolist() == [10, 11, 20, 21, 30]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 2]
-    assert batch.segments.tolist() == [[0, 2, 0, 0], [2, 4, 0, 2], [4, 5, 0, 2]]
+    assert batch.token_ids.tolist() == [10, 11, 20]
+    assert batch.position_ids.tolist() == [0, 1, 2]
+    assert batch.segments.tolist() == [[0, 2, 0, 0], [2, 3, 0, 2], [3, 3, 0, 2]]
     assert batch.hidden_rows.tolist() == [1, 2, 1]
     assert batch.targets.tolist() == [20, 21, 30]
     assert batch.advantages.tolist() == [0, 0, 1]
@@ -37,25 +37,33 @@ def test_a_group_shares_its_prompt():
 
 def test_without_sharing_every_sequence_has_its_own():
     (batch,) = pack(GROUP, max_tokens=100, share_prompts=False)
-    assert batch.token_ids.tolist() == [10, 11, 20, 21, 10, 11, 30]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert batch.segments.tolist() == [[0, 4, 0, 0], [4, 7, 0, 0]]
-    assert batch.hidden_rows.tolist() == [1, 2, 5]
+    assert batch.token_ids.tolist() == [10, 11, 20, 10, 11]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert batch.segments.tolist() == [[0, 3, 0, 0], [3, 5, 0, 0]]
+    assert batch.hidden_rows.tolist() == [1, 2, 4]
     assert batch.targets.tolist() == [20, 21, 30]
 
 
 def test_tokens_without_weight_are_read_but_not_scored():
     (batch,) = pack([sequence(0, 0, [10], [20, 21, 22], [0.5, 0.0, 0.5])], max_tokens=9, share_prompts=True)
-    assert batch.token_ids.tolist() == [10, 20, 21, 22]
+    assert batch.token_ids.tolist() == [10, 20, 21]
     assert batch.hidden_rows.tolist() == [0, 2]
     assert batch.targets.tolist() == [20, 22]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_tokens_after_the_last_scored_one_are_not_read(share):
+    (batch,) = pack([sequence(0, 0, [10], [20, 21, 22, 23], [0.5, 0.5, 0.0, 0.0])], max_tokens=9, share_prompts=share)
+    assert batch.token_ids.tolist() == [10, 20]
+    assert batch.hidden_rows.tolist() == [0, 1]
+    assert batch.targets.tolist() == [20, 21]
 
 
 def test_sequences_without_any_weight_cost_nothing():
     masked = sequence(1, 0, [10, 11], [30], [0.0])
     (batch,) = pack([GROUP[0], masked], max_tokens=100, share_prompts=True)
     assert batch.sequence_ids.tolist() == [0]
-    assert batch.num_tokens == 4
+    assert batch.num_tokens == 3
     assert pack([masked], max_tokens=100, share_prompts=True) == []
 
 
@@ -74,6 +82,6 @@ def test_nothing_is_lost_and_no_budget_broken(share, max_tokens):
 
 def test_a_sequence_that_cannot_fit_is_refused_by_key():
     with pytest.raises(
-        ValueError, match=r"learner\.max_tokens_per_microbatch=3: .* 4 tokens; raise it to at least that"
+        ValueError, match=r"learner\.max_tokens_per_microbatch=2: .* 3 tokens; raise it to at least that"
     ):
-        pack(GROUP, max_tokens=3, share_prompts=True)
+        pack(GROUP, max_tokens=2, share_prompts=True)
