@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -19,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from setting import MODELS, save_model
 
 HERE = Path(__file__).parent
-LIMIT_S = 400
+LIMIT_S = 500
 
 
-def run_job(script: str, directory: Path, num_ranks: int = 1) -> Any:
-    """The job's results; its output where it fails. Whatever it does, it does not outlive this call."""
+def run_job(script: str, directory: Path, num_ranks: int) -> None:
+    """Raise with the job's output where it fails. Whatever it does, it does not outlive this call."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +55,6 @@ def run_job(script: str, directory: Path, num_ranks: int = 1) -> Any:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return json.loads((directory / f"{script}.json").read_text())
 
 
 def output(directory: Path, script: str, rank: int) -> str:
@@ -63,21 +63,36 @@ def output(directory: Path, script: str, rank: int) -> str:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A directory with one Hugging Face directory a model."""
-    directory = tmp_path_factory.mktemp("vllm")
-    for kind in MODELS:
-        save_model(directory, kind)
+    """A directory with one Hugging Face directory a model, the same for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "vllm"
+    directory.mkdir(exist_ok=True)
+    with open(directory / "models.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for kind in MODELS:
+            if not (directory / kind).exists():
+                save_model(directory, kind)
     return directory
 
 
 @pytest.fixture(scope="session")
 def alone(models):
     """What alone_job.py found."""
-    return run_job("alone", models)
+    return results_of("alone", models)
 
 
 @pytest.fixture(scope="session")
 def ranks(models):
     """What ranks_job.py found, on each of its ranks."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    return run_job("ranks", models, num_ranks=2)
+    return results_of("ranks", models, num_ranks=2)
+
+
+def results_of(script: str, directory: Path, num_ranks: int = 1) -> Any:
+    """The job's results, of one run for all of pytest's workers."""
+    results = directory / f"{script}.json"
+    with open(directory / f"{script}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not results.exists():
+            run_job(script, directory, num_ranks)
+    return json.loads(results.read_text())

@@ -15,6 +15,9 @@ class Case:
     bucket_bytes: int = 1 << 14
     """Smaller than a matrix, so that matrices are cut."""
     spoil: bool = False
+    """Permute a tensor on the last rank and ask for the proof."""
+    fail: bool = False
+    """Let the last rank's engine fail in the middle of a rollout."""
 
     @property
     def name(self) -> str:
@@ -24,10 +27,10 @@ class Case:
 
 CASES = (
     Case(model="qwen2", learner_tp=2, sampler_tp=2),
-    Case(model="llama", learner_tp=1, sampler_tp=1),
+    Case(model="llama", learner_tp=1, sampler_tp=1, fail=True),
     Case(model="qwen3", learner_tp=2, sampler_tp=1, spoil=True),
     Case(model="llama", learner_tp=1, sampler_tp=2),
-    Case(model="qwen2", learner_pp=2, sampler_tp=1),
+    Case(model="qwen2", learner_pp=2, sampler_tp=1, fail=True),
     Case(model="llama", learner_pp=2, sampler_tp=2),
     Case(model="qwen3_moe", learner_tp=2, sampler_tp=2),
     Case(model="qwen3_moe", learner_ep=2, sampler_tp=1),

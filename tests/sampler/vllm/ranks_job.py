@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ranks_cases import CASES, Case
-from setting import TRAIN, prompts, settings, short_run
+from setting import SAMPLING, TRAIN, prompts, settings, short_run
+from vllm.v1.engine.core_client import InprocClient
 
 from fastgrpo.learner.megatron import parallel
 from fastgrpo.learner.megatron.layout import Layout
@@ -30,8 +31,9 @@ def run(case: Case) -> dict:
     sequence_parallel = case.model == "qwen3_moe" and case.learner_tp > 1  # Megatron's experts want it
     layout = Layout(tp=case.learner_tp, pp=case.learner_pp, ep=case.learner_ep, sp=sequence_parallel)
     learner = MegatronLearner.from_pretrained(path, layout, TRAIN, num_updates=9)
+    messages: list[str] = []
     sampler = VLLMSampler(
-        settings(load_config(path), tp=case.sampler_tp), learner.weight_slices, max_restarts=1, notify=print
+        settings(load_config(path), tp=case.sampler_tp), learner.weight_slices, max_restarts=1, notify=messages.append
     )
     try:
         canary = prompts(5)[4].token_ids
@@ -55,6 +57,9 @@ def run(case: Case) -> dict:
         }
         if case.spoil:
             result["spoiled"] = spoiled(exchange, sampler)
+        if case.fail:
+            sampler.refill = exchange.restore
+            result |= failed(exchange, sampler, messages)
         return result
     finally:
         sampler.close()
@@ -71,6 +76,32 @@ def spoiled(exchange: Exchange, sampler: VLLMSampler) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def failed(exchange: Exchange, sampler: VLLMSampler, messages: list[str]) -> dict:
+    """A rollout in which the last rank's engine raises, against the same one undisturbed."""
+    exchange.share()
+
+    def drawn() -> list:
+        groups = sampler.generate(prompts(4), 2, SAMPLING, seed=9)
+        return [r.token_ids.tolist() for g in groups for r in g.rollouts]
+
+    expected, real, calls = drawn(), InprocClient.get_output, 0
+
+    def get_output(self):
+        nonlocal calls
+        calls += 1
+        if calls == 4 and dist.get_rank() == dist.get_world_size() - 1:
+            raise MemoryError("no blocks left")
+        return real(self)
+
+    InprocClient.get_output = get_output
+    try:
+        same = drawn() == expected
+    finally:
+        InprocClient.get_output = real
+    exchange.prove()
+    return {"same_after_restart": same, "messages": messages}
 
 
 def main() -> None:

@@ -43,6 +43,14 @@ def test_other_layouts_move_weights_in_buckets_of_bounded_size(ranks, case):
         assert found["num_buckets"] != 1
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.fail], ids=lambda case: case.name)
+def test_all_ranks_rebuild_their_engines_where_one_fails(ranks, case):
+    message = "vLLM failed (MemoryError: no blocks left); restarting it, 1 of 1"
+    for rank in ranks:
+        assert rank[case.name]["messages"] == [message]
+        assert rank[case.name]["same_after_restart"]
+
+
 def test_a_permuted_tensor_on_one_rank_is_named_on_all(ranks):
     (case,) = (case for case in CASES if case.spoil)
     sides = "the checksums of the learner (rank 1) and the sampler (rank 1) differ"
