@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-LIMIT_S = 500
+LIMIT_S = 900
 
 
 def run_job(num_processes: int, directory: Path) -> dict[str, Any]:
