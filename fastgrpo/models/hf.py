@@ -23,13 +23,12 @@ from fastgrpo.kernels.cpu_linear import use_cpu_linear
 from fastgrpo.models.decoder import CausalLM
 from fastgrpo.models.storage import lay_out
 
-# Checked end to end against the plain Hugging Face model by tests/models/test_hf.py.
+# Checked end to end against the plain Hugging Face model by tests/models/test_decoder.py.
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "qwen3_moe")
 # These rotate by the longest position of a batch, so a token's logits would depend on its neighbours.
 UNSUPPORTED_ROPE_TYPES = ("dynamic", "longrope")
 
 
-ATTENTION = "sdpa"
 hf_logging.disable_progress_bar()
 
 

@@ -16,7 +16,6 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.data.packing import Sequence, pack
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.megatron.layout import Layout
-from fastgrpo.models.hf import ATTENTION
 from fastgrpo.types import PackedBatch
 
 # Padded to 512, so a TP2 shard ends in 3 rows that are no token.
@@ -125,7 +124,6 @@ def model_of(name: str) -> nn.Module:
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
         "tie_word_embeddings": variant == "tied",
-        "attn_implementation": ATTENTION,
     }
     if kind == "qwen3":
         shape["head_dim"] = 32
