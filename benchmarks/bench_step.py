@@ -1,6 +1,7 @@
 """Whole GRPO steps, side by side with TRL's GRPOTrainer on the same model, prompts, token counts and machine.
 
-    python benchmarks/bench_step.py [--prompt-lengths 64 200] [--steps 5] [--providers fastgrpo trl] [--out FILE.csv]
+    python benchmarks/bench_step.py [--prompt-lengths 64 200] [--steps 5] [--out FILE.csv]
+                                    [--providers fastgrpo fastgrpo-vllm trl]
 
 A step is everything between two borders of the training loop: prompts, generation, reward, advantages, logprobs,
 loss, backward, clipping, AdamW, bookkeeping. Both sides run their own real loop (step_workers/fastgrpo_side.py,
@@ -32,16 +33,20 @@ from step_workers import report
 from step_workers.case import Case, Shape, prepare
 from step_workers.gate import Side, StepReport
 
-PROVIDERS = ("fastgrpo", "trl")
+PROVIDERS = {"fastgrpo": "fastgrpo", "fastgrpo-vllm": "vllm", "trl": "trl"}
+"""Each with the package that it takes."""
 RESULTS = Path(__file__).parent / "results"
-SMOKE_SHAPE = Shape(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, vocab_size=320)
+SMOKE_SHAPE = Shape(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=48, vocab_size=320)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    missing = [name for name in args.providers if importlib.util.find_spec(name) is None]
+    missing = [PROVIDERS[name] for name in args.providers if importlib.util.find_spec(PROVIDERS[name]) is None]
     if missing:
-        sys.exit(f"{', '.join(missing)} is not installed: `make bench` installs it, or choose other --providers")
+        sys.exit(
+            f"{', '.join(missing)} is not installed: `make bench` (and `make vllm`) install it, or choose other "
+            "--providers"
+        )
     # Read by the workers' libraries when they start.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -66,7 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[64, 200], metavar="TOKENS")
     parser.add_argument("--steps", type=int, default=5, help="counted steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=["fastgrpo", "trl"])
     parser.add_argument(
         "--groups-per-microbatch",
         type=int,

@@ -23,6 +23,7 @@ from fastgrpo.config import (
     ModelConfig,
     RewardConfig,
     RunConfig,
+    SamplerConfig,
     SamplingConfig,
     TrainConfig,
 )
@@ -36,11 +37,11 @@ NEVER = 1_000_000
 """More steps than are ever asked for."""
 
 
-def configuration(case: Case) -> Config:
+def configuration(case: Case, sampler: str = "torch") -> Config:
     """The product's defaults but for what the case says; nothing is written but metrics and samples."""
     group_tokens = case.prompt_length + case.group_size * case.new_tokens
     return Config(
-        run=RunConfig(dir=str(Path(case.directory) / "run"), console="none", trackers=[]),
+        run=RunConfig(dir=str(Path(case.directory) / f"run-{sampler}"), console="none", trackers=[]),
         model=ModelConfig(path=case.model_path),
         data=DataConfig(
             source="jsonl",
@@ -66,13 +67,14 @@ def configuration(case: Case) -> Config:
             max_grad_norm=case.max_grad_norm,
         ),
         learner=LearnerConfig(max_tokens_per_microbatch=case.groups_per_microbatch * group_tokens),
+        sampler=SamplerConfig(kind=sampler),
         cluster=ClusterConfig(device="cpu", dtype="float32"),
         eval=EvalConfig(every=0),
         checkpoint=CheckpointConfig(every=0),
     )
 
 
-def run(case: Case, gate: Gate) -> None:
+def run(case: Case, gate: Gate, sampler: str = "torch") -> None:
     """Train until the gate says stop."""
     reward, loop = EvenShare(), trainer.train
 
@@ -82,7 +84,7 @@ def run(case: Case, gate: Gate) -> None:
         parts.console = GatedConsole(parts, gate, reward, counting)
         loop(parts, stop)
 
-    run_with(gated, configuration(case), reward.fastgrpo)
+    run_with(gated, configuration(case, sampler), reward.fastgrpo)
 
 
 def run_with(loop: Callable[[Run, StopRequest], None], config: Config, reward: Callable[..., list[float]]) -> None:

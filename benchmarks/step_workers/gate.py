@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 
 from step_workers.case import Case
 
-SIDES = {"fastgrpo": "fastgrpo_side", "trl": "trl_side", "gemm": "floor"}
+SIDES = {"fastgrpo": "fastgrpo_side", "fastgrpo-vllm": "fastgrpo_vllm_side", "trl": "trl_side", "gemm": "floor"}
 STEP, STOP = "step", "stop"
 
 

@@ -40,13 +40,16 @@ class Measured:
         """Of every counted step: the whole of it, or one part (0 where the provider has no such part)."""
         return [step.seconds if part is None else step.parts.get(part, 0.0) for step in self.steps[provider]]
 
-    def ratios(self) -> tuple[float, Quantiles] | None:
-        """How many times longer TRL takes: the ratio of the medians, and the quantiles over the pairs of a round."""
-        if not {OURS, THEIRS} <= set(self.providers):
-            return None
-        ours, theirs = self.seconds(OURS), self.seconds(THEIRS)
-        pairs = [b / a for a, b in zip(ours, theirs, strict=True)]
-        return quantiles(theirs)[0] / quantiles(ours)[0], quantiles(pairs)
+    def ratios(self) -> dict[str, tuple[float, Quantiles]]:
+        """How many times longer TRL takes than each of ours: the ratio of the medians, and the quantiles over the pairs
+        of a round. Nothing where TRL was not measured."""
+        found = {}
+        for provider in self.providers if THEIRS in self.providers else ():
+            if provider != THEIRS:
+                ours, theirs = self.seconds(provider), self.seconds(THEIRS)
+                pairs = [b / a for a, b in zip(ours, theirs, strict=True)]
+                found[provider] = quantiles(theirs)[0] / quantiles(ours)[0], quantiles(pairs)
+        return found
 
     def memory(self, provider: str) -> tuple[int, int]:
         """(peak bytes of the process, what of it came after imports and set-up)."""
@@ -94,12 +97,10 @@ def table(measured: Measured) -> str:
         _line("peak memory, MB", [f"{measured.memory(p)[0] / MB:.0f}" for p in providers]),
         _line("  after set-up, MB", [f"+{measured.memory(p)[1] / MB:.0f}" for p in providers]),
     ]
-    ratios = measured.ratios()
-    if ratios is not None:
-        medians, (p50, p20, p80) = ratios
-        lines.append(
-            f"fastgrpo is {medians:.2f} x as fast (medians); pair by pair {p50:.2f} [{p20:.2f} .. {p80:.2f}] x"
-        )
+    lines += [
+        f"{provider} is {medians:.2f} x as fast (medians); pair by pair {p50:.2f} [{p20:.2f} .. {p80:.2f}] x"
+        for provider, (medians, (p50, p20, p80)) in measured.ratios().items()
+    ]
     if OURS in providers:
         lines += _ledger(measured)
     return "\n".join(lines) + "\n"
@@ -158,10 +159,9 @@ def rows(measured: Measured) -> list[dict[str, object]]:
         add(provider, "full", "peak_rss_after_setup", "MB", grown / MB)
         for name, count in measured.steps[provider][-1].counts.items():
             add(provider, "full", name, "tokens", float(count))
-    ratios = measured.ratios()
-    if ratios is not None:
-        add("trl/fastgrpo", "full", "speedup_of_medians", "x", ratios[0])
-        add("trl/fastgrpo", "full", "speedup_of_pairs", "x", ratios[1])
+    for provider, (medians, pairs) in measured.ratios().items():
+        add(f"trl/{provider}", "full", "speedup_of_medians", "x", medians)
+        add(f"trl/{provider}", "full", "speedup_of_pairs", "x", pairs)
     for where in ("update", "update_torch", "decode", "decode_torch"):
         add("gemm", where, "matrix_rate", "GFLOP/s", measured.rate(where))
     for part, flops in step_flops(measured.case).items():
