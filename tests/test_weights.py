@@ -11,7 +11,8 @@ from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models import hf, storage
 from fastgrpo.sampler.torch_sampler import TorchSampler
 from fastgrpo.types import WeightSlice
-from fastgrpo.weights import Exchange, WeightsError, describe, make_plan
+from fastgrpo.weight_plan import WeightsError, describe, make_plan
+from fastgrpo.weights import Exchange
 
 FULL = (8, 4)
 
