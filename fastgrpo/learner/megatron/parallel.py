@@ -119,5 +119,11 @@ def initialize(layout: Layout) -> Parallel:
 
 
 def destroy() -> None:
-    """Forget the layout, so that another can be made in this process."""
+    """Forget the layout, so that another can be made in this process.
+
+    Megatron forgets its groups without ending them, and each of gloo's has threads that look for work all the time.
+    """
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
+    for group in groups:
+        dist.destroy_process_group(group)

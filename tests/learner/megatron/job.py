@@ -1,10 +1,11 @@
 """One process of a distributed test: runs every case of its job's size and lets rank 0 write what came out.
 
-Usage: job.py RANK NUM_PROCESSES DIRECTORY, with one Hugging Face directory a model in DIRECTORY.
+Usage: start.py RANK NUM_PROCESSES DIRECTORY, with one Hugging Face directory a model in DIRECTORY.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 import traceback
@@ -386,6 +387,7 @@ def main() -> None:
             continue
         try:
             results[case.name] = run(case, directory)
+            gc.collect()  # a layout's process groups, with their threads, live as long as its learner
         except Exception:
             # The other ranks wait in a collective: leave at once, so that they fail too.
             print(f"rank {rank}, {case.name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -394,7 +396,3 @@ def main() -> None:
         torch.save(results, directory / f"results-{num_processes}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,7 @@ LIMIT_S = 900
 def run_job(num_processes: int, directory: Path) -> dict[str, Any]:
     """Start the job's processes and wait for them; the first to fail takes the others down and is shown."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(HERE / "job.py")]
+    command = [sys.executable, str(HERE / "start.py")]
     logs = [directory / f"log-{num_processes}-{rank}.txt" for rank in range(num_processes)]
     processes = []
     for rank, log in enumerate(logs):
@@ -38,4 +38,12 @@ def run_job(num_processes: int, directory: Path) -> dict[str, Any]:
             process.wait()
     failed = [rank for rank, process in enumerate(processes) if process.returncode]
     assert not failed, f"rank {failed[0]}:\n{logs[failed[0]].read_text()[-4000:]}"
-    return torch.load(directory / f"results-{num_processes}.pt")
+    results = read_results(num_processes, directory)
+    assert results is not None
+    return results
+
+
+def read_results(num_processes: int, directory: Path) -> dict[str, Any] | None:
+    """What a job that has come to its end has written."""
+    file = directory / f"results-{num_processes}.pt"
+    return torch.load(file) if file.exists() else None
