@@ -47,8 +47,10 @@ def attention_with_lse(
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """The attention over both key sets, from the attention over each: (..., D) outputs and their (...) lse."""
-    other_share = torch.sigmoid(other_lse - lse).to(out.dtype)[..., None]
-    return out.lerp(other_out, other_share), torch.logaddexp(lse, other_lse)
+    other_share = torch.sigmoid(other_lse - lse)[..., None]  # float32 for narrower outputs, which are rounded once
+    wide = torch.promote_types(out.dtype, other_share.dtype)
+    merged = out.to(wide).lerp(other_out.to(wide), other_share.to(wide))
+    return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
 
 
 def attention_backward(
