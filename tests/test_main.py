@@ -328,6 +328,17 @@ def test_without_a_command_it_says_how_to_use_it(arguments, call):
     assert "`fastgrpo train --help` lists every key." in out
 
 
+def test_plan_tells_the_step_and_whether_it_fits(call, tiny_qwen2):
+    code, out, _ = call("plan", *small_run(tiny_qwen2, "cluster.memory_gb=80"))
+    assert code == 0
+    assert "4 prompts x 4 completions = 16 sequences" in out
+    assert "fits, with nothing to move" in out
+    code, out, _ = call("plan", *small_run(tiny_qwen2, "cluster.memory_gb=0.001"))
+    assert code == 1
+    assert "does not fit: training needs" in out
+    assert not Path("run").exists()
+
+
 def test_help_lists_every_key_with_its_meaning_and_every_choice(call):
     code, out, _ = call("train", "--help")
     assert code == 0
