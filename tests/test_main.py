@@ -238,7 +238,7 @@ def test_a_path_to_nothing_is_refused(refusal):
 def test_an_unsupported_model_is_refused(refusal, broken_model):
     edit_json(broken_model / "config.json", model_type="gpt2")
     line = refusal("train", *small_run("model"))
-    assert line == "model.path=model: model type 'gpt2' is not supported; use one of qwen2, qwen3, llama"
+    assert line == "model.path=model: model type 'gpt2' is not supported; use one of qwen2, qwen3, llama, qwen3_moe"
 
 
 def test_a_model_without_weights_is_refused(refusal, broken_model):
@@ -317,14 +317,14 @@ def test_a_mistake_in_the_shell_is_one_line_and_exit_code_2(workplace, tiny_qwen
 
 
 def test_an_unknown_command_is_refused(refusal):
-    assert refusal("trian") == "'trian' is no command; use one of train, eval, verify, report"
+    assert refusal("trian") == "'trian' is no command; use one of train, eval, plan, verify, report"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_without_a_command_it_says_how_to_use_it(arguments, call):
     code, out, err = call(*arguments)
     assert (code, err) == (0, "")
-    assert out.startswith("usage: fastgrpo train|eval|verify|report [KEY=VALUE ...]\n")
+    assert out.startswith("usage: fastgrpo train|eval|plan|verify|report [KEY=VALUE ...]\n")
     assert "`fastgrpo train --help` lists every key." in out
 
 
