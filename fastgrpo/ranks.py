@@ -37,32 +37,32 @@ class Ranks:
         """Whether this rank writes the logs, the report and the checkpoint's manifest."""
         return self.rank == 0
 
-    def deal(self, items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
-        """This data rank's items, so that every data rank gets about the same cost; in their order."""
+    def deal(self, items: Sequence[T], cost: Callable[[T], float]) -> list[list[T]]:
+        """Every data rank's items, so that each gets about the same cost; in their order."""
         loads = [0.0] * self.num_data_ranks
-        mine = []
+        dealt: list[list[int]] = [[] for _ in loads]
         for index, item in sorted(enumerate(items), key=lambda entry: -cost(entry[1])):
             lightest = loads.index(min(loads))
             loads[lightest] += cost(item)
-            if lightest == self.data_rank:
-                mine.append(index)
-        return [items[index] for index in sorted(mine)]
+            dealt[lightest].append(index)
+        return [[items[index] for index in sorted(share)] for share in dealt]
+
+    def everyone(self, value: T) -> list[T]:
+        """All ranks' values in their order, on every rank."""
+        if self.num_ranks == 1:
+            return [value]
+        values: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(values, value)
+        return values
 
     def gather(self, part: T) -> list[T]:
         """The leaders' parts in the order of their data ranks, on every rank."""
-        if self.num_ranks == 1:
-            return [part]
-        everyone: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(everyone, (self.data_rank, part) if self.leads else None)
-        return [found for _, found in sorted((x for x in everyone if x is not None), key=lambda entry: entry[0])]
+        parts = self.everyone((self.data_rank, part) if self.leads else None)
+        return [found for _, found in sorted((x for x in parts if x is not None), key=lambda entry: entry[0])]
 
     def any_of(self, value: T | None) -> T | None:
         """The first rank's value that is not None, on every rank."""
-        if self.num_ranks == 1:
-            return value
-        values: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(values, value)
-        return next((found for found in values if found is not None), None)
+        return next((found for found in self.everyone(value) if found is not None), None)
 
     def from_main(self, value: T) -> T:
         """The main rank's value, on every rank."""

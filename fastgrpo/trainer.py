@@ -75,22 +75,20 @@ def improve(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
     with run.ledger("share"):
         run.phases.enter("train")
     with run.ledger("logprobs"):
-        minibatches = [[annotate(run, batch) for batch in lay_out(run, chunk)] for chunk in chunks]
+        laid_out = [batches for chunk in chunks if (batches := lay_out(run, chunk)) is not None]
+        minibatches = [[annotate(run, batch) for batch in batches] for batches in laid_out]
     results: list[StepResult] = []
     with run.ledger("update"):
         for _ in range(config.updates_per_rollout):
             for minibatch in minibatches:
-                if run.learner.ranks.any_of(
-                    bool(minibatch) or None
-                ):  # no rank has any where every completion is masked
-                    results.append(run.learner.update(minibatch, run.objective))
-                    refuse_divergence(run, results[-1], minibatch)
+                results.append(run.learner.update(minibatch, run.objective))
+                refuse_divergence(run, results[-1], minibatch)
     return stats.of_updates(results, comparable=not run.contract.renormalized)
 
 
-def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch]:
+def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch] | None:
     """One mini-batch as this data rank's micro-batches: token weights from its global counts, then packed within the
-    token budget and dealt by size."""
+    token budget and dealt by size. None, on every rank alike, where no completion carries any loss."""
     config, ranks = run.config, run.learner.ranks
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     cut = config.algorithm.mask_truncated
@@ -113,10 +111,12 @@ def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch]:
     if ranks.num_data_ranks > 1:  # smaller ones where that lets every rank have some
         budget = min(budget, packing.fair_budget(sequences, ranks.num_data_ranks))
     batches = packing.pack(sequences, max_tokens=budget, share_prompts=config.learner.share_prompts)
-    mine = ranks.deal(batches, cost=lambda batch: batch.num_tokens)
-    if ranks.in_step:
-        mine += [PackedBatch.empty()] * (max(ranks.gather(len(mine))) - len(mine))
-    return mine
+    if not batches:
+        return None
+    shares = ranks.deal(batches, cost=lambda batch: batch.num_tokens)
+    mine = shares[ranks.data_rank]
+    missing = max(map(len, shares)) - len(mine) if ranks.in_step else 0
+    return mine + [PackedBatch.empty()] * missing
 
 
 def annotate(run: Run, batch: PackedBatch) -> PackedBatch:

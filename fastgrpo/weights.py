@@ -9,7 +9,6 @@ Memory beside the weights: what a rank sends and what it receives of one bucket.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +53,7 @@ class Exchange:
         self.sources = self.learner.weight_slices()
         self.targets = self.sampler.weight_slices() if self.sampler is not None else []
         mine = describe(self.sources, self.rank), describe(self.targets, self.rank)
-        everyone = _all_gather(mine, self.num_ranks)
+        everyone = self.learner.ranks.everyone(mine)
         learners = [held for part, _ in everyone for held in part]
         samplers = [held for _, part in everyone for held in part]
         self.plan = make_plan(learners, samplers, self.bucket_bytes)
@@ -116,8 +115,7 @@ class Exchange:
         self._refuse(found)
 
     def _refuse(self, found: Sequence[str | None]) -> None:
-        errors = _all_gather([error for error in found if error], self.num_ranks)
-        first = next((error for part in errors for error in part), None)
+        first = self.learner.ranks.any_of(next((error for error in found if error), None))
         if first is not None:
             raise WeightsError(f"{first}; learner and sampler do not hold the same policy")
 
@@ -195,11 +193,3 @@ def _scored(token_ids: Tensor):
     )
     (batch,) = packing.pack([sequence], max_tokens=len(token_ids), share_prompts=True)
     return batch
-
-
-def _all_gather(value: Any, num_ranks: int) -> list[Any]:
-    if num_ranks == 1:
-        return [value]
-    everyone: list[Any] = [None] * num_ranks
-    dist.all_gather_object(everyone, value)
-    return everyone

@@ -172,28 +172,24 @@ class VLLMSampler:
                 result = work()
             except Exception as raised:  # whatever a broken engine comes up with
                 error = raised
-            failures = self._failures(error)
-            if not failures:
+            # Building an engine is collective, so all ranks have to know.
+            failure = self.ranks.any_of(None if error is None else _in_one_line(error))
+            if failure is None:
                 return result
             if restart == self.max_restarts:
                 raise EngineError(
-                    f"vLLM failed {restart + 1} times in a row (sampler.max_restarts={restart}): {failures[0]}"
+                    f"vLLM failed {restart + 1} times in a row (sampler.max_restarts={restart}): {failure}"
                 ) from error
-            self.notify(f"vLLM failed ({failures[0]}); restarting it, {restart + 1} of {self.max_restarts}")
+            self.notify(f"vLLM failed ({failure}); restarting it, {restart + 1} of {self.max_restarts}")
             self.restart()
         raise AssertionError("unreachable")
-
-    def _failures(self, error: Exception | None) -> list[str]:
-        """What failed on any rank of the job. Building an engine is collective, so all have to know."""
-        mine = None if error is None else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        everyone: list[str | None] = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
-        return [failure for failure in everyone if failure is not None]
 
     def restart(self) -> None:
         """A new engine on the learner's weights, in place of this one."""
         self.engine.close()
         self.engine = Engine(self.settings, self.offer())
         self.refill()
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
