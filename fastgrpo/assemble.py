@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,24 +16,17 @@ from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
 from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
 from fastgrpo.kernels.objective import Objective
-from fastgrpo.learner.protocol import Learner
-from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.learners import QUICKSTART_CONTEXT, describe, device_of, export, make_learner
 from fastgrpo.metrics import Ledger, MetricsLog
-from fastgrpo.models import hf, lora, tiny
-from fastgrpo.models.export import save_stream
-from fastgrpo.models.hf import CausalLM
-from fastgrpo.models.lora import Adapters
+from fastgrpo.models import hf, tiny
 from fastgrpo.parts import Run
 from fastgrpo.phases import Phase, Phases
-from fastgrpo.plan import Plan, device_memory, make_plan
-from fastgrpo.ranks import Ranks, started_by_torchrun
+from fastgrpo.plan import device_memory, make_plan
+from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.samplers import make_exchange, make_sampler
 from fastgrpo.types import LogprobContract, SamplingParams
 from fastgrpo.unfinished import Unfinished
-from fastgrpo.warm_start import cached_path, store, warm_start
-
-QUICKSTART_CONTEXT = 256
 
 
 def objective_of(config: Config) -> Objective:
@@ -68,17 +60,6 @@ def check_contract(contract: LogprobContract, objective: Objective) -> None:
         )
 
 
-def device_of(config: Config) -> tuple[str, torch.dtype]:
-    """Where the model lives and in what type."""
-    name = config.cluster.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"cluster.device={name}: this machine has no CUDA device; use cpu or auto")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtypes["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
-    return device, dtypes[config.cluster.dtype]
-
-
 def set_up_torch(config: Config) -> None:
     """Threads and determinism, for the whole process."""
     if config.cluster.num_threads is not None:
@@ -97,14 +78,13 @@ def load_data(config: Config) -> tuple[Any, PromptSets]:
         key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
         tokenizer = hf.load_tokenizer(config.model.tokenizer_path or config.model.path, key)
         context = hf.load_config(config.model.path).max_position_embeddings
-    key, limit = max(
-        ("sampling.max_new_tokens", config.sampling.max_new_tokens),
-        ("eval.max_new_tokens", config.eval.max_new_tokens or 0),
-        key=lambda entry: entry[1],
-    )
-    room = context - limit
+    room = context - config.max_new_tokens
     if room < 1:
-        raise UserError(f"{key}={limit}: the model's context of {context} tokens leaves no room for a prompt; lower it")
+        key = "sampling" if config.sampling.max_new_tokens == config.max_new_tokens else "eval"
+        raise UserError(
+            f"{key}.max_new_tokens={config.max_new_tokens}: the model's context of {context} tokens leaves no room "
+            "for a prompt; lower it"
+        )
     prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_prompt_tokens=room)
     longest = max(len(prompt.token_ids) for prompt in prompts.train) + config.sampling.max_new_tokens
     if longest > config.learner.max_tokens_per_microbatch:
@@ -113,91 +93,6 @@ def load_data(config: Config) -> tuple[Any, PromptSets]:
             f"completion can have {longest} tokens; raise it to at least that"
         )
     return tokenizer, prompts
-
-
-def load_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> CausalLM:
-    """The policy, on its device. Raises UserError for what is wrong with it."""
-    device, dtype = device_of(config)
-    if config.model.path is None:
-        return hf.prepare(_quickstart_model(config, tokenizer, prompts, notify).to(device, dtype))
-    return hf.load_model(config.model.path, device=device, dtype=dtype)
-
-
-def load_policy(
-    config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]
-) -> tuple[CausalLM, Adapters | None]:
-    """load_model's, with the adapters that model.lora asks for."""
-    model = load_model(config, tokenizer, prompts, notify)
-    adapters = lora.add_adapters(model, config.model.lora, seed=config.seed) if config.model.lora.enabled else None
-    return model, adapters
-
-
-def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> CausalLM:
-    path = cached_path(config, ALPHABET)
-    if not path.is_dir():
-        model = tiny.build_model(config.model, tokenizer, max_length=QUICKSTART_CONTEXT, seed=config.seed)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        notify(
-            f"building a {size:.1f}M-parameter model and warm-starting it on worked {config.data.operation} problems"
-        )
-        warm_start(model, tokenizer, prompts.train, config.model.warm_start, seed=config.seed, report=notify)
-        store(model, tokenizer, path)
-    notify(f"starting from the warm-started model in {path}")
-    # Read back even when just made: a run never depends on whether the cache was there.
-    return hf.load_model(str(path), device="cpu", dtype=torch.float32)
-
-
-def make_learner(
-    config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, notify: Callable[[str], None]
-) -> tuple[Learner, CausalLM, Adapters | None]:
-    """The learner, the policy as a Hugging Face model (the learner's own, a copy to sample from, or a skeleton on ranks
-    that need neither), and its adapters.
-
-    Raises UserError for what is wrong with the model or the layout.
-    """
-    train, learner = config.train, config.learner
-    num_updates = train.num_steps * train.updates_per_rollout * train.num_minibatches
-    needs_reference = config.algorithm.kl_coef > 0
-    if learner.kind == "torch":
-        model, adapters = load_policy(config, tokenizer, prompts, notify)
-        if adapters is not None and config.sampler.kind != "torch":
-            adapters.keep_merged()
-        reference = hf.prepare(copy.deepcopy(model)) if needs_reference and adapters is None else None
-        if learner.activation_checkpoint == "full":
-            model.gradient_checkpointing_enable()
-        torch_learner = TorchLearner(model, train, num_updates=num_updates, reference=reference, adapters=adapters)
-        return torch_learner, model, adapters
-    if not started_by_torchrun():
-        raise UserError("learner=megatron: start it with torchrun --nproc-per-node N -m fastgrpo train ...")
-    try:
-        from fastgrpo.learner.megatron.layout import Layout
-        from fastgrpo.learner.megatron.learner import MegatronLearner
-    except ModuleNotFoundError as error:
-        raise UserError(f"learner=megatron: {error.name} is not installed; pip install fastgrpo[megatron]") from None
-    if config.model.path is None and ranks.is_main:
-        load_model(config, tokenizer, prompts, notify)  # leaves the warm-started model in the cache, for all ranks
-    ranks.barrier()
-    path = model_directory(config)
-    device, dtype = device_of(config)
-    megatron = MegatronLearner.from_pretrained(
-        path,
-        Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp, cp=learner.cp, ep=learner.ep),
-        train,
-        num_updates=num_updates,
-        reference=needs_reference,
-        dtype=dtype,
-        activation_checkpoint=learner.activation_checkpoint,
-        distributed_optimizer=learner.distributed_optimizer,
-        overlap_grad_reduce=learner.overlap_grad_reduce,
-    )
-    if config.sampler.kind == "torch" and megatron.ranks.leads:
-        return megatron, hf.load_model(path, device=device, dtype=dtype), None
-    return megatron, hf.load_skeleton(path, dtype=dtype), None
-
-
-def model_directory(config: Config) -> str:
-    """Where the policy's configuration and first weights are."""
-    return config.model.path or str(cached_path(config, ALPHABET))
 
 
 @contextmanager
@@ -230,7 +125,15 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
             stream.load_state_dict(state["stream"])
             unfinished.load_state_dict(state["unfinished"], prompts.train)
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
-        plan = plan_memory(config, model.config, prompts, ranks.num_ranks)
+        device = device_of(config)[0]
+        plan = make_plan(
+            config,
+            model.config,
+            device_bytes=device_memory(device),
+            on_gpu=device != "cpu",
+            longest_prompt=prompts.max_tokens,
+            num_ranks=ranks.num_ranks,
+        )
         sampler, sampling_ranks = make_sampler(config, learner, model, prompts, plan, console.message)
         if sampler is not None:
             stack.callback(sampler.close)
@@ -253,7 +156,7 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))
         assert contract is not None  # the main rank samples
         check_contract(contract, objective)
-        described = describe(model, device_of(config)[0])
+        described = describe(model, device)
         console.banner(config.run.name, batch_algebra(config, prompts, learner.ranks.num_ranks, described))
         stack.enter_context(console)
         yield Run(
@@ -282,20 +185,6 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
         )
 
 
-def export(path: Path, learner: Learner, model: CausalLM | Adapters, tokenizer: Any) -> None:
-    """Write the policy as a Hugging Face directory; every rank calls it, because the weights may be on all of them."""
-    if isinstance(model, Adapters) or learner.ranks.from_main(model.device.type != "meta"):
-        if learner.ranks.is_main:
-            hf.save_pretrained(model, tokenizer, path)
-        return
-    weights = learner.named_weights()  # all ranks go through it together, and the main one writes
-    if learner.ranks.is_main:
-        save_stream(model, tokenizer, weights, path)
-    else:
-        for _ in weights:
-            pass
-
-
 def _fresh_start(config: Config, run_dir: Path) -> int | None:
     """resume=auto on a run that was killed before its first checkpoint begins it anew; resume=no refuses its files."""
     return -1 if config.resume != "no" else None
@@ -316,20 +205,6 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints, notify: Callable[[
     return found
 
 
-def plan_memory(config: Config, model_config: Any, prompts: PromptSets, num_ranks: int) -> Plan:
-    """What one rank of the run will hold."""
-    device_bytes, on_gpu = device_memory(config)
-    longest = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.eval])
-    return make_plan(
-        config,
-        model_config,
-        device_bytes=device_bytes,
-        on_gpu=on_gpu,
-        longest_prompt=longest,
-        num_ranks=num_ranks,
-    )
-
-
 def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> SamplingParams:
     """What completions are drawn with; the model's own stop tokens where none are configured."""
     sampling = config.sampling
@@ -343,20 +218,13 @@ def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def describe(model: CausalLM, device: str) -> str:
-    """The policy in a few words."""
-    num_params = sum(p.numel() for p in model.parameters())
-    where = f"{model.dtype} on {device}".removeprefix("torch.")
-    return f"{model.config.model_type}, {num_params / 1e6:.1f}M parameters, {where}"
-
-
 def batch_algebra(config: Config, prompts: PromptSets, num_ranks: int, model: str) -> list[tuple[str, str]]:
     """What a step does, in numbers; `model` is its description."""
     train, group_size = config.train, config.algorithm.group_size
     sequences = train.prompts_per_step * group_size
     longest = max(len(p.token_ids) for p in prompts.train) + config.sampling.max_new_tokens
-    num_updates = train.updates_per_rollout * train.num_minibatches
-    updates = f"{num_updates} update{'s' if num_updates > 1 else ''} of {sequences // train.num_minibatches}"
+    several = "s" if train.updates_per_step > 1 else ""
+    updates = f"{train.updates_per_step} update{several} of {sequences // train.num_minibatches}"
     dropped = f", {prompts.num_dropped} too long and dropped" if prompts.num_dropped else ""
     duplicates = f", {prompts.num_duplicates} repeat a held-out one and are left out" if prompts.num_duplicates else ""
     lines = [

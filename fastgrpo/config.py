@@ -262,6 +262,16 @@ class TrainConfig:
     max_nonfinite_updates: int = 3
     """A non-finite loss or gradient skips its update; after this many in a row the run stops and saves the batch."""
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates on a step's rollouts."""
+        return self.updates_per_rollout * self.num_minibatches
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.num_steps * self.updates_per_step
+
 
 @dataclass(kw_only=True)
 class LearnerConfig:
@@ -401,3 +411,8 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest completion, in training or in evaluation."""
+        return max(self.sampling.max_new_tokens, self.eval.max_new_tokens or 0)

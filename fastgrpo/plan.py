@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.models import lora
 from fastgrpo.models.storage import VOCAB_MULTIPLE
 
 RESERVED_SHARE = 0.08
@@ -172,16 +173,17 @@ class Plan:
 def make_plan(
     config: Config, model_config: Any, *, device_bytes: int, on_gpu: bool, longest_prompt: int, num_ranks: int
 ) -> Plan:
-    """The plan of one rank of num_ranks, the one that holds most."""
+    """The plan of one rank of num_ranks, the one that holds most; longest_prompt in tokens.
+
+    Raises UserError where model.lora.path holds no adapters.
+    """
     shape, learner, sampler = Shape.of(model_config), config.learner, config.sampler
     size = 4 if config.cluster.dtype == "float32" or (config.cluster.dtype == "auto" and not on_gpu) else 2
     num_parameters = shape.num_parameters(learner.tp, learner.pp, learner.ep)
-    lora = config.model.lora
-    trained = num_parameters
-    if lora.rank:
-        trained, size_trained = _num_adapter_parameters(shape, lora.rank, lora.target_modules), 4
-    else:
-        size_trained = size
+    adapted = config.model.lora.enabled
+    trained, size_trained = num_parameters, size
+    if adapted:
+        trained, size_trained = _num_adapter_parameters(shape, *lora.rank_and_targets(config.model.lora)), 4
     is_megatron = learner.kind == "megatron"
     per_token = shape.activation_bytes_per_token(
         size,
@@ -198,13 +200,13 @@ def make_plan(
     ranks_a_sampler = sampler.tp if sampler.kind == "vllm" else learner.ranks_a_copy
     prompts = -(-config.train.prompts_per_step // max(1, num_ranks // ranks_a_sampler))
     in_flight = min(prompts * config.algorithm.group_size, sampler.max_sequences)
-    length = longest_prompt + max(config.sampling.max_new_tokens, config.eval.max_new_tokens or 0)
+    length = longest_prompt + config.max_new_tokens
     cached_tokens = in_flight * -(-length // KV_BLOCK) * KV_BLOCK
     return Plan(
         device_bytes=device_bytes,
         on_gpu=on_gpu,
         weights=num_parameters * size,
-        reference=num_parameters * size if config.algorithm.kl_coef > 0 and not lora.enabled else 0,
+        reference=num_parameters * size if config.algorithm.kl_coef > 0 and not adapted else 0,
         sampler_weights=_num_unshared(config, shape) * size,
         gradients=trained * 4,
         optimizer=stepped * (8 + (4 if size_trained < 4 else 0)),
@@ -238,22 +240,24 @@ def _num_adapter_parameters(shape: Shape, rank: int, targets: list[str]) -> int:
     return shape.num_layers * rank * sum(sides.get(name, 0) for name in targets)
 
 
-def device_memory(config: Config) -> tuple[int, bool]:
-    """(bytes, whether it is a GPU's): what cluster.memory_gb says, else this machine's device."""
-    on_gpu = config.cluster.device.startswith("cuda") or (
-        config.cluster.device == "auto" and (torch.cuda.is_available() or config.cluster.memory_gb is not None)
-    )
-    if config.cluster.memory_gb is not None:
-        return int(config.cluster.memory_gb * 1e9), on_gpu
-    if not on_gpu:
+def device_memory(device: str) -> int:
+    """Bytes of a device of this machine: "cpu" is its main memory. Raises UserError where it has no such GPU."""
+    if device == "cpu":
         with open("/proc/meminfo", encoding="ascii") as file:
-            return int(file.readline().split()[1]) * 1024, False
+            return int(file.readline().split()[1]) * 1024
     if not torch.cuda.is_available():
         raise UserError(
-            f"cluster.device={config.cluster.device}: this machine has no CUDA device; "
-            "set cluster.memory_gb to plan for one"
+            f"cluster.device={device}: this machine has no CUDA device; set cluster.memory_gb to plan for one"
         )
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, True
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def device_to_plan_for(config: Config) -> tuple[int, bool]:
+    """(bytes, whether it is a GPU's) of the GPU of cluster.memory_gb, which need not be here, else of this machine."""
+    name, memory_gb = config.cluster.device, config.cluster.memory_gb
+    if name == "auto":
+        name = "cuda" if memory_gb is not None or torch.cuda.is_available() else "cpu"
+    return device_memory(name) if memory_gb is None else int(memory_gb * 1e9), name != "cpu"
 
 
 def table(plan: Plan) -> str:

@@ -66,8 +66,9 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
 def evaluate_only(config: Config) -> dict[str, float]:
     """Held-out metrics of model.path. Raises UserError for what the user can mend."""
     validate(config)
-    from fastgrpo.assemble import load_data, load_policy, sampling_params
+    from fastgrpo.assemble import load_data, sampling_params
     from fastgrpo.evaluate import summarize
+    from fastgrpo.learners import load_policy
     from fastgrpo.models import hf
     from fastgrpo.rewards.scoring import Rewards
     from fastgrpo.sampler.torch_sampler import TorchSampler
@@ -95,9 +96,10 @@ def evaluate_only(config: Config) -> dict[str, float]:
 def plan_only(config: Config) -> tuple[Plan, str]:
     """What a run would do and hold, and the same as a page of text. Raises UserError for what the user can mend."""
     validate(config)
-    from fastgrpo.assemble import QUICKSTART_CONTEXT, batch_algebra, load_data, plan_memory
+    from fastgrpo.assemble import batch_algebra, load_data
+    from fastgrpo.learners import QUICKSTART_CONTEXT
     from fastgrpo.models import hf, tiny
-    from fastgrpo.plan import Shape, table
+    from fastgrpo.plan import Shape, device_to_plan_for, make_plan, table
 
     tokenizer, prompts = load_data(config)
     if config.model.path is None:
@@ -105,7 +107,15 @@ def plan_only(config: Config) -> tuple[Plan, str]:
     else:
         model_config = hf.load_config(config.model.path)
     num_ranks = config.cluster.num_ranks or config.learner.ranks_a_copy
-    plan = plan_memory(config, model_config, prompts, num_ranks)
+    device_bytes, on_gpu = device_to_plan_for(config)
+    plan = make_plan(
+        config,
+        model_config,
+        device_bytes=device_bytes,
+        on_gpu=on_gpu,
+        longest_prompt=prompts.max_tokens,
+        num_ranks=num_ranks,
+    )
     model = f"{model_config.model_type}, {Shape.of(model_config).num_parameters() / 1e6:.1f}M parameters"
     lines = batch_algebra(config, prompts, num_ranks, model)
     algebra = "\n".join(f"{label:<14}{value}" for label, value in lines)

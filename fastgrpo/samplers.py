@@ -88,15 +88,13 @@ def _engine_settings(config: Config, learner: Learner, model: CausalLM, prompts:
             "use a divisor"
         )
     device = learner.weight_slices()[0].tensor.device
-    longest_prompt = max(len(prompt.token_ids) for prompt in [*prompts.train, *prompts.eval])
-    max_model_len = longest_prompt + max(config.sampling.max_new_tokens, config.eval.max_new_tokens or 0)
     share = sampler.gpu_memory_utilization
     return EngineSettings(
         config=shape,
         dtype=model.dtype,
         device=device.type,
         tp=sampler.tp,
-        max_model_len=max_model_len,
+        max_model_len=prompts.max_tokens + config.max_new_tokens,
         max_sequences=sampler.max_sequences,
         kv_cache_bytes=plan.kv_cache if share is None else None,
         gpu_memory_utilization=share,

@@ -124,8 +124,8 @@ def annotate(run: Run, batch: PackedBatch) -> PackedBatch:
 
     On-policy the current logprobs are the old ones, so only a reference or an importance weight costs a pass.
     """
-    train, algorithm, temperature = run.config.train, run.config.algorithm, run.objective.temperature
-    on_policy = train.updates_per_rollout * train.num_minibatches == 1
+    algorithm, temperature = run.config.algorithm, run.objective.temperature
+    on_policy = run.config.train.updates_per_step == 1
     correct = algorithm.importance_level != "none"
     if not on_policy or correct:
         batch = replace(batch, old_logprobs=run.learner.logprobs(batch, temperature=temperature))

@@ -13,7 +13,7 @@ from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.decoder import hidden_states
 from fastgrpo.models.hf import prepare
 from fastgrpo.models.lora import add_adapters
-from fastgrpo.plan import Plan, Shape, advice, device_memory, make_plan, table
+from fastgrpo.plan import Plan, Shape, advice, device_memory, device_to_plan_for, make_plan, table
 from fastgrpo.run import plan_only
 
 NUM_TOKENS = 256
@@ -171,17 +171,28 @@ def test_a_gpu_that_is_too_small_moves_the_optimizer_out():
     assert "OPTIMIZER" not in table(tight)
 
 
-def test_the_device_is_this_machines_or_the_one_that_is_said():
-    assert device_memory(config_of("cluster.memory_gb=80")) == (80 * GB, True)
-    size, on_gpu = device_memory(config_of("cluster.device=cpu"))
-    assert size > GB
+def test_a_gpu_that_is_planned_for_need_not_be_here():
+    assert device_to_plan_for(config_of("cluster.memory_gb=80")) == (80 * GB, True)
+    assert device_to_plan_for(config_of("cluster.memory_gb=80", "cluster.device=cpu")) == (80 * GB, False)
+    size, on_gpu = device_to_plan_for(config_of("cluster.device=cpu"))
+    assert size == device_memory("cpu") > GB
     assert not on_gpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
 def test_a_gpu_that_is_not_here_needs_its_size():
     with pytest.raises(UserError, match=r"cluster\.device=cuda: .* set cluster\.memory_gb"):
-        device_memory(config_of("cluster.device=cuda"))
+        device_to_plan_for(config_of("cluster.device=cuda"))
+
+
+def test_adapters_that_are_loaded_are_counted_as_they_were_saved(tmp_path):
+    saved = tmp_path / "adapter_config.json"
+    saved.write_text('{"r": 4, "target_modules": ["q_proj", "down_proj"]}')
+    fresh = ("model.lora.rank=4", "model.lora.target_modules=[q_proj,down_proj]")
+    assert plan_of(f"model.lora.path={tmp_path}") == plan_of(*fresh)
+    saved.write_text("{}")
+    with pytest.raises(UserError, match=r"model\.lora\.path=.*: no readable adapter_config\.json"):
+        plan_of(f"model.lora.path={tmp_path}")
 
 
 def test_the_page_tells_the_step_and_the_memory(workplace, tiny_qwen2):

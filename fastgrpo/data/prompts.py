@@ -34,6 +34,11 @@ class PromptSets:
     num_duplicates: int
     """Rows kept out of `train` because they repeat a held-out prompt."""
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompt's, of either set."""
+        return max(len(prompt.token_ids) for prompt in [*self.train, *self.eval])
+
 
 def load_prompts(config: DataConfig, tokenizer: Any, *, seed: int, max_prompt_tokens: int) -> PromptSets:
     """Reads, splits, renders and tokenizes the data.

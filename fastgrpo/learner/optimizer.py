@@ -14,7 +14,7 @@ from fastgrpo.config import TrainConfig
 
 def learning_rate(config: TrainConfig, update: int, num_updates: int) -> float:
     """The rate of the given update (0-based): linear warm-up, then constant, linear or cosine to min_lr_ratio."""
-    warmup = config.warmup_steps * config.updates_per_rollout * config.num_minibatches
+    warmup = config.warmup_steps * config.updates_per_step
     if update < warmup:
         return config.learning_rate * (update + 1) / warmup
     progress = min(1.0, (update - warmup) / max(1, num_updates - warmup))

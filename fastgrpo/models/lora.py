@@ -5,6 +5,7 @@ The base without its adapters is the policy as it was before training, so the KL
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +132,20 @@ def _load(peft: Any, model: CausalLM, path: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.lora.path={path}: does not fit model.path: {reason}") from error
+
+
+def rank_and_targets(config: LoraConfig) -> tuple[int, list[str]]:
+    """The adapters' rank and the names of the matrices that have some. Raises UserError as add_adapters does."""
+    if config.path is None:
+        return config.rank, config.target_modules
+    file = Path(config.path).expanduser() / "adapter_config.json"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return int(saved["r"]), list(saved["target_modules"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"model.lora.path={config.path}: no readable adapter_config.json there; give a PEFT directory"
+        ) from error
 
 
 def _ready(model: CausalLM, peft_model: Any) -> Adapters:

@@ -1,0 +1,155 @@
+"""The policy that a configuration asks for: loaded, given to a learner, described and written out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgrpo.config import Config, UserError
+from fastgrpo.data import ALPHABET, PromptSets
+from fastgrpo.learner.protocol import Learner
+from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.models import hf, lora, tiny
+from fastgrpo.models.export import save_stream
+from fastgrpo.models.hf import CausalLM
+from fastgrpo.models.lora import Adapters
+from fastgrpo.ranks import Ranks, started_by_torchrun
+from fastgrpo.warm_start import cached_path, store, warm_start
+
+QUICKSTART_CONTEXT = 256
+"""Tokens that the quickstart's model can read."""
+
+
+def device_of(config: Config) -> tuple[str, torch.dtype]:
+    """Where the model lives and in what type."""
+    name = config.cluster.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"cluster.device={name}: this machine has no CUDA device; use cpu or auto")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtypes["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
+    return device, dtypes[config.cluster.dtype]
+
+
+def load_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> CausalLM:
+    """The policy, on its device. Raises UserError for what is wrong with it."""
+    device, dtype = device_of(config)
+    if config.model.path is None:
+        return hf.prepare(_quickstart_model(config, tokenizer, prompts, notify).to(device, dtype))
+    return hf.load_model(config.model.path, device=device, dtype=dtype)
+
+
+def load_policy(
+    config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]
+) -> tuple[CausalLM, Adapters | None]:
+    """load_model's, with the adapters that model.lora asks for."""
+    model = load_model(config, tokenizer, prompts, notify)
+    adapters = lora.add_adapters(model, config.model.lora, seed=config.seed) if config.model.lora.enabled else None
+    return model, adapters
+
+
+def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> CausalLM:
+    path = cached_path(config, ALPHABET)
+    if not path.is_dir():
+        model = tiny.build_model(config.model, tokenizer, max_length=QUICKSTART_CONTEXT, seed=config.seed)
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        notify(
+            f"building a {size:.1f}M-parameter model and warm-starting it on worked {config.data.operation} problems"
+        )
+        warm_start(model, tokenizer, prompts.train, config.model.warm_start, seed=config.seed, report=notify)
+        store(model, tokenizer, path)
+    notify(f"starting from the warm-started model in {path}")
+    # Read back even when just made: a run never depends on whether the cache was there.
+    return hf.load_model(str(path), device="cpu", dtype=torch.float32)
+
+
+def make_learner(
+    config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, notify: Callable[[str], None]
+) -> tuple[Learner, CausalLM, Adapters | None]:
+    """The learner, the policy as a Hugging Face model (the learner's own, a copy to sample from, or a skeleton on ranks
+    that need neither), and its adapters.
+
+    Raises UserError for what is wrong with the model or the layout.
+    """
+    make = _torch_learner if config.learner.kind == "torch" else _megatron_learner
+    return make(config, tokenizer, prompts, ranks, notify)
+
+
+def _torch_learner(
+    config: Config, tokenizer: Any, prompts: PromptSets, _: Ranks, notify: Callable[[str], None]
+) -> tuple[Learner, CausalLM, Adapters | None]:
+    model, adapters = load_policy(config, tokenizer, prompts, notify)
+    if adapters is not None and config.sampler.kind != "torch":
+        adapters.keep_merged()
+    reference = hf.prepare(copy.deepcopy(model)) if _needs_reference(config) and adapters is None else None
+    if config.learner.activation_checkpoint == "full":
+        model.gradient_checkpointing_enable()
+    learner = TorchLearner(
+        model, config.train, num_updates=config.train.num_updates, reference=reference, adapters=adapters
+    )
+    return learner, model, adapters
+
+
+def _megatron_learner(
+    config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, notify: Callable[[str], None]
+) -> tuple[Learner, CausalLM, None]:
+    if not started_by_torchrun():
+        raise UserError("learner=megatron: start it with torchrun --nproc-per-node N -m fastgrpo train ...")
+    try:
+        from fastgrpo.learner.megatron.layout import Layout
+        from fastgrpo.learner.megatron.learner import MegatronLearner
+    except ModuleNotFoundError as error:
+        raise UserError(f"learner=megatron: {error.name} is not installed; pip install fastgrpo[megatron]") from None
+    if config.model.path is None and ranks.is_main:
+        load_model(config, tokenizer, prompts, notify)  # leaves the warm-started model in the cache, for all ranks
+    ranks.barrier()
+    learner, path = config.learner, model_directory(config)
+    device, dtype = device_of(config)
+    megatron = MegatronLearner.from_pretrained(
+        path,
+        Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp, cp=learner.cp, ep=learner.ep),
+        config.train,
+        num_updates=config.train.num_updates,
+        reference=_needs_reference(config),
+        dtype=dtype,
+        activation_checkpoint=learner.activation_checkpoint,
+        distributed_optimizer=learner.distributed_optimizer,
+        overlap_grad_reduce=learner.overlap_grad_reduce,
+    )
+    if config.sampler.kind == "torch" and megatron.ranks.leads:
+        return megatron, hf.load_model(path, device=device, dtype=dtype), None
+    return megatron, hf.load_skeleton(path, dtype=dtype), None
+
+
+def _needs_reference(config: Config) -> bool:
+    return config.algorithm.kl_coef > 0
+
+
+def model_directory(config: Config) -> str:
+    """Where the policy's configuration and first weights are."""
+    return config.model.path or str(cached_path(config, ALPHABET))
+
+
+def describe(model: CausalLM, device: str) -> str:
+    """The policy in a few words."""
+    num_params = sum(p.numel() for p in model.parameters())
+    where = f"{model.dtype} on {device}".removeprefix("torch.")
+    return f"{model.config.model_type}, {num_params / 1e6:.1f}M parameters, {where}"
+
+
+def export(path: Path, learner: Learner, model: CausalLM | Adapters, tokenizer: Any) -> None:
+    """Write the policy as a Hugging Face directory; every rank calls it, because the weights may be on all of them."""
+    if isinstance(model, Adapters) or learner.ranks.from_main(model.device.type != "meta"):
+        if learner.ranks.is_main:
+            hf.save_pretrained(model, tokenizer, path)
+        return
+    weights = learner.named_weights()  # all ranks go through it together, and the main one writes
+    if learner.ranks.is_main:
+        save_stream(model, tokenizer, weights, path)
+    else:
+        for _ in weights:
+            pass
