@@ -7,6 +7,9 @@ from torch import Tensor
 
 from fastgrpo.types import LogprobContract, SamplingParams
 
+UNITS = 1 << 52
+"""In which draws count a probability of 1."""
+
 
 def contract_of(params: SamplingParams) -> LogprobContract:
     """What `draw`'s logprobs mean."""
@@ -35,11 +38,16 @@ def draw(
         tokens = scores.argmax(-1)
     else:
         logprobs = _cut(scores.log_softmax(-1), params)
-        # float64, because a sum over 152k float32 probabilities misplaces the rare ones.
-        cumulative = logprobs.double().exp_().cumsum_(-1)
-        target = uniforms.double()[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+        cumulative = _in_units(logprobs).cumsum_(-1)
+        target = (uniforms.double()[:, None] * cumulative[:, -1:]).long()
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _in_units(logprobs: Tensor) -> Tensor:
+    """Probabilities as int64 counts of 2^-52, whose sums are exact. A float32 sum over a vocabulary of 152k misplaces
+    the rare tokens, and a GPU's sum of floats has no fixed order, which torch's deterministic mode refuses."""
+    return logprobs.exp().double().mul_(UNITS).long()
 
 
 def _cut(logprobs: Tensor, params: SamplingParams) -> Tensor:
@@ -51,7 +59,7 @@ def _cut(logprobs: Tensor, params: SamplingParams) -> Tensor:
     if 0 < params.top_k < vocabulary:
         ordered[:, params.top_k :] = float("-inf")
         ordered = ordered.log_softmax(-1)
-    probability = ordered.exp()
+    probability = _in_units(ordered)
     before = probability.cumsum(-1) - probability  # of the tokens likelier than this one: the first is always kept
-    ordered = ordered.masked_fill(before >= params.top_p, float("-inf"))
+    ordered = ordered.masked_fill(before >= round(params.top_p * UNITS), float("-inf"))
     return torch.empty_like(logprobs).scatter_(-1, order, ordered).log_softmax(-1)

@@ -12,7 +12,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Engine:
     def close(self) -> None:
         """Free everything; the process group stays where it was not vLLM's own."""
         engine, self._llm = self._llm, None
-        with _kept_process_group() if self._group_is_ours else _nothing():
+        with _kept_process_group() if self._group_is_ours else nullcontext():
             if engine is not None:
                 engine.engine_core.shutdown()
             else:  # a constructor that failed leaves vLLM's groups behind
@@ -216,14 +216,19 @@ def _without_warnings() -> Iterator[None]:
 
 @contextmanager
 def kept_process_state() -> Iterator[None]:
-    """Put back what vLLM changes for everyone: the random states, torch.set_num_threads, where memory may come from."""
+    """Put back what vLLM changes for everyone: the random states, torch.set_num_threads, where memory may come from.
+
+    Nor does torch's deterministic mode hold inside: vLLM sums floats in ways that the mode refuses on a GPU."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(gpus), _own_memory_policy():
+        torch.use_deterministic_algorithms(False)
         try:
             yield
         finally:
+            torch.use_deterministic_algorithms(deterministic)
             torch.set_num_threads = set_num_threads
             if torch.get_num_threads() != num_threads:
                 torch.set_num_threads(num_threads)
@@ -252,11 +257,6 @@ def _kept_process_group() -> Iterator[None]:
 
     with patch.object(dist, "destroy_process_group", destroy_subgroup):
         yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager
