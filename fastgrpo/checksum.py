@@ -16,8 +16,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MIX = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9)
 
 
-def checksum(tensor: Tensor, phase: int | None = None) -> int:
-    """A 64-bit checksum of a tensor of any shape, strides and dtype.
+def checksum(tensor: Tensor, phase: int | None = None) -> Tensor:
+    """A 64-bit checksum of a tensor of any shape, strides and dtype: int64 without dimensions, on the tensor's device.
 
     phase: None reads every element; a number reads about SAMPLE of them, others for the next number, so that a few
     steps see all.
@@ -28,7 +28,7 @@ def checksum(tensor: Tensor, phase: int | None = None) -> int:
     for begin in range(first, tensor.numel(), CHUNK * every):
         end = min(begin + CHUNK * every, tensor.numel())
         total += _sum(tensor, torch.arange(begin, end, every, device=tensor.device))
-    return int(total)
+    return total
 
 
 def _sum(tensor: Tensor, places: Tensor) -> Tensor:

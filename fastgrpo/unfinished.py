@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastgrpo.config import UserError
 from fastgrpo.types import Prompt, Rollout, RolloutGroup
 
 
@@ -96,8 +97,14 @@ class Unfinished:
         ]
 
     def load_state_dict(self, state: list[dict[str, Any]], prompts: Iterable[Prompt]) -> None:
-        """Go on with what `state_dict` told, of these prompts."""
+        """Go on with what `state_dict` told, of these prompts. Raises UserError where one that it needs is missing."""
         by_id = {prompt.prompt_id: prompt for prompt in prompts} if state else {}
+        for group in state:
+            if group["prompt_id"] not in by_id:
+                raise UserError(
+                    f"resume: the checkpoint is in the middle of prompt {group['prompt_id']}, which the data no longer "
+                    "has; restore the data or start anew with resume=no"
+                )
         self._groups = [
             RolloutGroup(
                 prompt=by_id[group["prompt_id"]],

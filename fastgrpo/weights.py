@@ -102,8 +102,11 @@ class Exchange:
         sizes = [0] * self.num_ranks
         for piece, rank in zip(pieces, ranks, strict=True):
             sizes[rank] += piece.num_bytes
-        device = self.sources[0].tensor.device if self.sources else self.targets[0].tensor.device
-        return torch.empty(sum(sizes), dtype=torch.uint8, device=device), sizes
+        return torch.empty(sum(sizes), dtype=torch.uint8, device=self._device), sizes
+
+    @property
+    def _device(self) -> torch.device:
+        return (self.sources or self.targets)[0].tensor.device
 
     # --- proof ------------------------------------------------------------------------------------------------------
 
@@ -137,15 +140,13 @@ class Exchange:
         if not pieces:
             return None
         phase = None if self.full_proof else self.learner.policy_version
-        sums = torch.zeros(2, len(pieces), dtype=torch.int64)  # (sides, pieces)
+        sums = torch.zeros(2, len(pieces), dtype=torch.int64, device=self._device)  # (sides, pieces)
         for i, piece in enumerate(pieces):
             if piece.source.rank == self.rank:
                 sums[0, i] = checksum(self._source(piece).to(piece.target.dtype), phase)
             if piece.target.rank == self.rank:
                 sums[1, i] = checksum(self._target(piece), phase)
         if self.num_ranks > 1:
-            device = self.sources[0].tensor.device if self.sources else self.targets[0].tensor.device
-            sums = sums.to(device)
             dist.all_reduce(sums)  # each entry has one writer
         differing = (sums[0] != sums[1]).nonzero()
         if len(differing) == 0:

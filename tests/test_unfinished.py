@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 import torch
 from builders import small_run
 
 from fastgrpo.assemble import assemble
+from fastgrpo.config import UserError
 from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.ranks import join_job
@@ -75,6 +77,11 @@ def test_what_is_in_flight_survives_json_bit_by_bit():
     for mine, theirs in zip(unfinished.take(9), other.take(9), strict=True):
         assert torch.equal(mine.rollouts[0].sampler_logprobs, theirs.rollouts[0].sampler_logprobs)
     assert [p.token_ids.tolist() for p in other.continuations()] == [[7, 8, 2, 3]]
+
+
+def test_a_prompt_that_has_gone_is_named():
+    with pytest.raises(UserError, match="in the middle of prompt slow, which the data no longer has"):
+        Unfinished(max_new_tokens=4).load_state_dict(begun().state_dict(), [group("fast").prompt])
 
 
 OVERSAMPLED = ("sampler.oversample=0.5", "sampler.round_tokens=2", "algorithm.importance_level=token", "eval.every=0")
