@@ -32,6 +32,7 @@ from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models.decoder import CausalLM
 from fastgrpo.models.hf import prepare
 from fastgrpo.phases import Phases, held_bytes
+from fastgrpo.plan import Shape
 from fastgrpo.sampler.vllm.engine import EngineSettings
 from fastgrpo.sampler.vllm.sampler import VLLMSampler
 from fastgrpo.types import PackedBatch, Prompt, RolloutGroup, SamplingParams
@@ -49,15 +50,15 @@ class Colocated:
         self.times: dict[str, list[float]] = {part: [] for part in PARTS}
         self.learner = TorchLearner(model, TrainConfig(learning_rate=1e-5), num_updates=args.steps + 1)
         self.prompts = make_prompts(args, model.config.vocab_size)
-        length = args.prompt_tokens + args.new_tokens
+        length, num_sequences = args.prompt_tokens + args.new_tokens, args.prompts * args.group_size
         settings = EngineSettings(
             config=model.config,
             dtype=model.dtype,
             device=device.type,
             tp=1,
             max_model_len=length,
-            max_sequences=args.prompts * args.group_size,
-            kv_cache_bytes=kv_cache_bytes(model, args.prompts * args.group_size, length),
+            max_sequences=num_sequences,
+            kv_cache_bytes=Shape.of(model.config).kv_cache_bytes(num_sequences, length, model.dtype.itemsize),
             gpu_memory_utilization=None,
             enforce_eager=device.type == "cpu",
             sleeps=device.type == "cuda",
@@ -118,13 +119,6 @@ def make_prompts(args: argparse.Namespace, vocab_size: int) -> list[Prompt]:
         )
         for i in range(args.prompts)
     ]
-
-
-def kv_cache_bytes(model: CausalLM, num_sequences: int, length: int) -> int:
-    """Room for all of them at once."""
-    shape, block = model.config, 128
-    per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
-    return num_sequences * -(-length // block) * block * per_token
 
 
 def pack_groups(groups: list[RolloutGroup], max_tokens: int) -> list[PackedBatch]:

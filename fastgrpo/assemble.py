@@ -67,7 +67,7 @@ def set_up_torch(config: Config) -> None:
     if config.deterministic and torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # every byte we read has been written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all we read is written
 
 
 def load_data(config: Config) -> tuple[Any, PromptSets]:

@@ -113,6 +113,10 @@ class Shape:
         """Keys and values of one token in all layers."""
         return 2 * self.num_layers * max(1, self.num_kv_heads // tp) * self.head_size * size
 
+    def kv_cache_bytes(self, num_sequences: int, length: int, size: int, tp: int = 1) -> int:
+        """Room for so many sequences of `length` tokens at once, in whole blocks."""
+        return num_sequences * -(-length // KV_BLOCK) * KV_BLOCK * self.kv_bytes_per_token(size, tp)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -201,7 +205,6 @@ def make_plan(
     prompts = -(-config.train.prompts_per_step // max(1, num_ranks // ranks_a_sampler))
     in_flight = min(prompts * config.algorithm.group_size, sampler.max_sequences)
     length = longest_prompt + config.max_new_tokens
-    cached_tokens = in_flight * -(-length // KV_BLOCK) * KV_BLOCK
     return Plan(
         device_bytes=device_bytes,
         on_gpu=on_gpu,
@@ -213,7 +216,7 @@ def make_plan(
         activations=tokens * kept,
         loss_head=int(device_bytes * LOSS_HEAD_SHARE) if on_gpu else 1 << 26,
         offload_asked=learner.offload,
-        kv_cache_wanted=cached_tokens * shape.kv_bytes_per_token(size, sampler.tp),
+        kv_cache_wanted=shape.kv_cache_bytes(in_flight, length, size, sampler.tp),
     )
 
 
