@@ -33,6 +33,12 @@ class RowShare:
         return torch.cat([torch.arange(start, end) for start, end in self.ranges])
 
     @property
+    def held(self) -> slice:
+        """Where these rows lie once the ranks' rows are gathered, one rank's after the other's."""
+        size = self.num_rows // self.num_ranks
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    @property
     def gathered(self) -> Tensor:
         """(T,) int64: where each packed row lies once the ranks' rows are gathered, one rank's after the other's."""
         shares = [RowShare(num_rows=self.num_rows, num_ranks=self.num_ranks, rank=r) for r in range(self.num_ranks)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo.kernels.segment_attention import attention_with_lse, merge
+from fastgrpo.kernels.dense_attention import attention_with_lse, merge
 
 
 class GroupCache:

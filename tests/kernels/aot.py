@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastgrpo.kernels import backend, group_advantages, logprob_kernels, logprobs, policy_kernels
+from fastgrpo.kernels import backend, group_advantages, logprob_kernels, logprobs, merge_attention, policy_kernels
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import LossInputs, Objective
@@ -41,6 +41,7 @@ KERNELS = {
     "policy": policy_kernels.policy_kernel,
     "sequence": policy_kernels.sequence_kernel,
     "group": group_advantages._group_kernel,
+    "merge": merge_attention.merge_kernel,
 }
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -102,6 +103,12 @@ def logprobs_of(dtype: torch.dtype) -> None:
     sum(x.sum() for x in pair).backward()
 
 
+def merge_of(head_size: int) -> None:
+    out, part = torch.zeros(2, 2, 16, head_size, dtype=torch.bfloat16)
+    lse, part_lse = torch.zeros(2, 16, 2)
+    merge_attention.merge_in_place(out, lse, part, part_lse, backend="triton")
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "policy_loss bf16, clip on-policy": lambda: from_logits(torch.bfloat16, Objective(), rich=False),
     "policy_loss bf16, dual clip + k3 + entropy": lambda: from_logits(torch.bfloat16, Objective(dual_clip=3.0, **RICH)),
@@ -116,6 +123,8 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "group_advantages": lambda: group_advantages.group_advantages(
         torch.zeros(4), torch.zeros(4, dtype=torch.int64), backend="triton"
     ),
+    "merge bf16, heads of 128": lambda: merge_of(128),
+    "merge bf16, heads of 80": lambda: merge_of(80),
 }
 
 
@@ -196,6 +205,8 @@ def variants_by_call(capability: int = 90) -> list[int]:
             sum(x.sum() for x in pair).backward()
             sum(x.sum() for x in logprobs.logprobs(logits, batch.targets, **options)).backward()
         group_advantages.group_advantages(batch.advantages, batch.targets // (step + 1), min_std=step, backend="triton")
+        out, lse = torch.zeros(num_tokens, 4, 64, dtype=torch.bfloat16), torch.zeros(4, num_tokens)
+        merge_attention.merge_in_place(out, lse, out, lse, backend="triton")
         counts.append(len(compiled(capability)))
     return counts
 

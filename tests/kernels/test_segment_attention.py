@@ -1,17 +1,22 @@
-"""Packed attention with shared prefixes against a dense float64 softmax under the same mask."""
+"""Packed attention with shared prefixes against a dense float64 softmax under the same mask.
+
+A GPU's way, two calls of a variable-length kernel, is computed here around a kernel of plain torch; what it asks of the
+real ones is checked on fake CUDA tensors.
+"""
+
+import importlib.util
+import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastgrpo.kernels import merge_attention
+from fastgrpo.kernels.dense_attention import _plain_backward, _plain_forward, attention_backward, attention_with_lse
 from fastgrpo.kernels.row_share import RowShare
-from fastgrpo.kernels.segment_attention import (
-    SegmentPlan,
-    _dense_backward,
-    _dense_forward,
-    attention_backward,
-    attention_with_lse,
-    segment_attention,
-)
+from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
+from fastgrpo.kernels.varlen_kernels import VarlenKernel, choose
 
 
 def dense(q, k, v, segments, scale):
@@ -45,20 +50,69 @@ LAYOUTS = {
     "one completion": layout((5, 3)),
     "no prefix": torch.tensor([[0, 6, 0, 0], [6, 7, 0, 0], [7, 30, 0, 0]]),
     "one token": layout((1, 1)),
+    "no rows": layout((4, 0, 3, 0), (1, 0), (2, 5)),
+    "prompts alone": layout((9,), (4,), (3, 6, 2), (5,)),
 }
 
 
+def spans(s):
+    """(query rows, key rows) of every sequence, after what the flash kernels check or rely on."""
+    for bounds, longest in ((s.cu_q, s.max_q), (s.cu_k, s.max_k)):
+        assert bounds.dtype == torch.int32
+        assert int(bounds.diff().max()) == longest
+    bounds = zip(*(cu[i:].tolist() for cu in (s.cu_q, s.cu_k) for i in (0, 1)), strict=False)
+    return [(slice(a, b), slice(c, d)) for a, b, c, d in bounds]
+
+
+def scores(q, k, causal, scale):
+    """(A, L, M), keys repeated for the heads that share them."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    s = torch.einsum("iad,jad->aij", q, k) * scale
+    assert not causal or len(q) == len(k)
+    return s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), float("-inf")) if causal else s
+
+
+def plain_forward(q, k, v, sequences, causal, scale):
+    out, lse = torch.full_like(q, math.nan), q.new_full((q.shape[1], len(q)), math.nan)
+    for i, j in spans(sequences):
+        s = scores(q[i], k[j], causal, scale)
+        values = v[j].repeat_interleave(q.shape[1] // v.shape[1], 1)
+        lse[:, i] = s.logsumexp(-1) if s.shape[-1] else math.inf  # as FlashAttention-2 marks rows without a key
+        out[i] = torch.einsum("aij,jad->iad", s.softmax(-1), values)
+    return out, lse
+
+
+def plain_backward(grad, q, k, v, out, lse, sequences, causal, scale):
+    assert grad.is_contiguous()
+    assert lse.is_contiguous()
+    dq, dk, dv = (torch.full_like(x, math.nan) for x in (q, k, v))
+    for i, j in spans(sequences):
+        groups = q.shape[1] // k.shape[1]
+        keys, values = (x[j].repeat_interleave(groups, 1) for x in (k, v))
+        p = (scores(q[i], k[j], causal, scale) - lse[:, i, None]).exp()
+        dp = torch.einsum("iad,jad->aij", grad[i], values) - (grad[i] * out[i]).sum(-1).T[..., None]
+        dq[i] = torch.einsum("aij,jad->iad", p * dp, keys) * scale
+        dk[j] = (torch.einsum("aij,iad->jad", p * dp, q[i]) * scale).unflatten(1, (-1, groups)).sum(2)
+        dv[j] = torch.einsum("aij,iad->jad", p, grad[i]).unflatten(1, (-1, groups)).sum(2)
+    return dq, dk, dv
+
+
+PLAIN = VarlenKernel("plain", plain_forward, plain_backward, takes=lambda q: True)
+WAYS = pytest.mark.parametrize("kernel", [None, PLAIN], ids=["dense", "varlen"])
+
+
+@WAYS
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
-def test_equals_the_dense_mask_with_its_gradient(name, dtype, tolerance):
+def test_equals_the_dense_mask_with_its_gradient(name, dtype, tolerance, kernel):
     segments = LAYOUTS[name]
     torch.manual_seed(0)
     num_rows = int(segments[:, 1].max())
     inputs = [torch.randn(num_rows, heads, 8, dtype=dtype) for heads in (4, 2, 2)]
-    grad = torch.randn(num_rows, 4, 8, dtype=dtype)
+    grad = torch.randn(4, num_rows, 8, dtype=dtype).transpose(0, 1)  # a gradient comes in any layout
     ours = [x.clone().requires_grad_() for x in inputs]
     oracle = [x.double().requires_grad_() for x in inputs]
-    out = segment_attention(*ours, SegmentPlan(segments), scale=0.3)
+    out = segment_attention(*ours, SegmentPlan(segments, kernel=kernel), scale=0.3)
     expected = dense(*oracle, segments, 0.3)
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
     out.backward(grad)
@@ -72,17 +126,18 @@ def test_the_generic_path_equals_the_cpu_kernel(causal):
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(2, heads, 9, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
     out, lse = attention_with_lse(q, k, v, causal=causal, scale=0.3)
-    generic_out, generic_lse = _dense_forward(q, k, v, causal, 0.3)
+    generic_out, generic_lse = _plain_forward(q, k, v, causal, 0.3)
     torch.testing.assert_close(generic_out, out, atol=1e-13, rtol=1e-13)
     torch.testing.assert_close(generic_lse, lse, atol=1e-13, rtol=1e-13)
     expected = attention_backward(grad, q, k, v, out, lse, causal=causal, scale=0.3)
-    for mine, theirs in zip(_dense_backward(grad, q, k, v, out, lse, causal, 0.3), expected, strict=True):
+    for mine, theirs in zip(_plain_backward(grad, q, k, v, out, lse, causal, 0.3), expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
 
 
+@WAYS
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_ranks_that_share_the_rows_compute_what_one_computes(name, num_ranks):
+def test_ranks_that_share_the_rows_compute_what_one_computes(name, num_ranks, kernel):
     segments = LAYOUTS[name]
     num_rows = int(segments[:, 1].max())
     total = -(-num_rows // (2 * num_ranks)) * 2 * num_ranks
@@ -96,9 +151,11 @@ def test_ranks_that_share_the_rows_compute_what_one_computes(name, num_ranks):
     order = torch.cat([share.rows for share in shares])
     assert sorted(order.tolist()) == list(range(total))
     assert torch.equal(order[shares[0].gathered], torch.arange(total))
+    assert all(torch.equal(order[share.held], share.rows) for share in shares)
+    plans = [SegmentPlan(segments, share=share, kernel=kernel) for share in shares]
     parts = [
-        segment_attention(q[share.rows], k[order], v[order], SegmentPlan(segments, share=share), scale=0.3)
-        for share in shares
+        segment_attention(q[share.rows], k[order], v[order], plan, scale=0.3)
+        for share, plan in zip(shares, plans, strict=True)
     ]
     for share, part in zip(shares, parts, strict=True):
         torch.testing.assert_close(part, whole[share.rows], atol=1e-13, rtol=1e-13)
@@ -122,12 +179,95 @@ def test_rows_of_another_batch_are_refused():
         segment_attention(*(torch.zeros(3, 1, 8) for _ in range(3)), SegmentPlan(torch.tensor([[0, 2, 0, 0]])), scale=1)
     with pytest.raises(ValueError, match="prefix"):
         SegmentPlan(torch.tensor([[0, 2, 5, 9]]))
+    for other in ([[0, 2, 0, 0], [3, 4, 0, 0]], [[0, 2, 0, 0], [1, 4, 0, 0]], [[2, 4, 0, 0], [0, 2, 0, 0]]):
+        with pytest.raises(ValueError, match="does not follow"):
+            SegmentPlan(torch.tensor(other))
 
 
 def test_rows_that_lie_together_are_read_without_a_copy():
-    plan = SegmentPlan(LAYOUTS["views"])
+    plan = SegmentPlan(LAYOUTS["views"]).dense
     assert [call.q_rows for call in plan.own if call.num_blocks > 2] == [slice(70, 326), slice(396, 666)]
     assert [(call.q_rows, call.kv_rows) for call in plan.prefix[:2]] == [
         (slice(70, 326), slice(0, 70)),
         (slice(396, 666), slice(326, 396)),
     ]
+
+
+def test_a_gpu_needs_two_calls_and_copies_only_prefixes_that_lie_apart():
+    calls = []
+
+    def counting(q, k, v, sequences, causal, scale):
+        calls.append((len(q), len(k), causal))
+        return plain_forward(q, k, v, sequences, causal, scale)
+
+    for name, num_keys in (("ragged", 7 + 3 + 7), ("uniform", 16), ("views", 70 + 70 + 3)):
+        segments, total = LAYOUTS[name], int(LAYOUTS[name][:, 1].max())
+        plan = SegmentPlan(segments, kernel=replace(PLAIN, forward=counting))
+        segment_attention(*(torch.randn(total, 2, 8) for _ in range(3)), plan, scale=1.0)
+        assert calls == [(total, total, True), (total, num_keys, False)]
+        calls.clear()
+    one = SegmentPlan(layout((5, 3, 4)), kernel=PLAIN)
+    assert one.varlen.seen_rows == slice(0, 5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_torchs_kernels_are_called_as_a_gpu_wants_it(num_kv_heads, monkeypatch):
+    """Fake tensors have a device and no numbers: mixing devices, or waiting for a number, raises."""
+    merged = []
+    monkeypatch.setattr(merge_attention, "merge_kernel", {(13,): lambda *args, **_: merged.append(args)})
+    way, total = SegmentPlan(LAYOUTS["ragged"], kernel=choose("torch")).varlen, int(LAYOUTS["ragged"][:, 1].max())
+    with FakeTensorMode():
+
+        def fake(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        for name in ("own", "seen"):
+            sequences = getattr(way, name)
+            cu_q, cu_k = (fake(len(cu), dtype=torch.int32) for cu in (sequences.cu_q, sequences.cu_k))
+            setattr(way, name, replace(sequences, cu_q=cu_q, cu_k=cu_k))
+        way.seen_rows = fake(len(way.seen_rows), dtype=torch.int64)
+        inputs = [fake(total, heads, 64) for heads in (4, num_kv_heads, num_kv_heads)]
+        out, lse = way.forward(*inputs, 0.125)
+        grads = way.backward(fake(total, 4, 64), *inputs, out, lse, 0.125)
+    ((_, _, part, part_lse, *_),) = merged  # one program for 32 of 102 x 4 outputs
+    for lse_ in (lse, part_lse):
+        assert (lse_.shape, lse_.dtype, lse_.is_contiguous()) == ((4, total), torch.float32, True)
+    for x, like in zip((out, part, *grads), (inputs[0], inputs[0], *inputs), strict=True):
+        assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
+
+
+def test_autograd_waits_for_no_gpu():
+    """Nor do meta tensors have numbers to wait for; autograd knows no fake GPU on a machine without one."""
+    total = int(LAYOUTS["ragged"][:, 1].max())
+    q, k, v = (
+        torch.empty(total, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (4, 2, 2)
+    )
+    segment_attention(
+        q, k, v, SegmentPlan(LAYOUTS["ragged"], "meta", kernel=choose("torch")), scale=1.0
+    ).sum().backward()
+    assert (q.grad.shape, k.grad.shape, v.grad.shape) == (q.shape, k.shape, v.shape)
+
+
+def test_what_flash_attention_cannot_compute_is_computed_densely():
+    plan = SegmentPlan(LAYOUTS["one token"], kernel=choose("torch"))
+    taken = {
+        (dtype, size): plan.way(torch.empty(2, 1, size, dtype=dtype)) is plan.varlen
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        for size in (64, 100, 128, 256, 264)
+    }
+    half = (torch.bfloat16, torch.float16)
+    assert taken == {(dtype, size): dtype in half and size in (64, 128, 256) for dtype, size in taken}
+    assert SegmentPlan(LAYOUTS["one token"]).kernel is None  # on a CPU
+
+
+def test_a_kernel_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="choose one of auto, torch, flash_attn, flash_attn_3"):
+        choose("flash")
+    for name in ("flash_attn", "flash_attn_3"):
+        if (
+            importlib.util.find_spec({"flash_attn": "flash_attn_2_cuda", "flash_attn_3": "flash_attn_interface"}[name])
+            is None
+        ):
+            with pytest.raises(ValueError, match=f"the package {name} is not installed"):
+                choose(name)
+    assert choose("auto").name == ("torch" if importlib.util.find_spec("flash_attn_2_cuda") is None else "flash_attn")
