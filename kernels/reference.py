@@ -214,7 +214,7 @@ def _surrogate(
 
 def _sequence_ratio(log_ratio: Tensor, scored: Tensor, cu_seqlens: Tensor) -> Tensor:
     """exp of the mean log-ratio over each sequence's scored tokens, given back to each of its tokens (T,)."""
-    sequence = sequence_of_token(cu_seqlens, log_ratio.shape[0])  # (T,)
+    sequence = sequence_of_token(cu_seqlens.to(log_ratio.device), log_ratio.shape[0])  # (T,)
     num_sequences = cu_seqlens.shape[0] - 1
     total = log_ratio.new_zeros(num_sequences).index_add(0, sequence, torch.where(scored, log_ratio, 0.0))
     count = log_ratio.new_zeros(num_sequences).index_add(0, sequence, scored.to(log_ratio.dtype))

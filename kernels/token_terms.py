@@ -142,7 +142,7 @@ class _Sequences:
     """Means and sums over the sequences that cu_seqlens bounds, given back to each of their tokens."""
 
     def __init__(self, cu_seqlens: Tensor, like: Tensor) -> None:
-        self.token_sequence = sequence_of_token(cu_seqlens, like.shape[0])  # (T,)
+        self.token_sequence = sequence_of_token(cu_seqlens.to(like.device), like.shape[0])  # (T,)
         self.num_tokens = like.new_zeros(cu_seqlens.shape[0] - 1).index_add_(
             0, self.token_sequence, torch.ones_like(like)
         )
