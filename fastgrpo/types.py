@@ -1,6 +1,7 @@
 """The contracts between the rooms: what a prompt, a rollout, a packed batch and a step's result are.
 
-Letters: T packed tokens, N scored tokens, S sequences, G group size, K segments, V vocabulary.
+Letters: T packed tokens, N scored tokens, S sequences, G group size, K segments, V vocabulary, L layers with experts,
+k experts a token.
 Every tensor is on the CPU until a learner moves it.
 """
 
@@ -50,6 +51,8 @@ class SamplingParams:
     """Stop tokens cannot be drawn before."""
     stop_token_ids: tuple[int, ...] = ()
     """A completion ends with the first of these, which belongs to it and is scored."""
+    return_routed_experts: bool = False
+    """Also return which experts the sampler sent every token to, in every layer, for learner.router_replay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,9 @@ class Rollout:
     """Optimizer steps the policy had taken when its last token was sampled."""
     token_versions: Tensor | None = None
     """(R,) int64: the same for every token, where a completion took several steps to draw; else None."""
+    routed_experts: Tensor | None = None
+    """(R - 1, L, k) uint8, or int16 where there are more than 256: the experts that computed the row of each token,
+    when the token after it was drawn. The last token's row is never computed. None where they were not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,8 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    prompt_routed_experts: Tensor | None = None
+    """(P, L, k): Rollout.routed_experts of the prompt's tokens, one choice for all G; None as there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +171,8 @@ class PackedBatch:
     """(N,) float32; None where the update is on-policy."""
     ref_logprobs: Tensor | None = None
     importance_weights: Tensor | None = None
+    routed_experts: Tensor | None = None
+    """(T, L, k) integers: the experts that the policy's routers take for each row; None where they choose."""
 
     @classmethod
     def empty(cls) -> PackedBatch:

@@ -30,6 +30,10 @@ class Sequence:
     token_weights: Tensor
     """0 where the token carries no loss."""
     sampler_logprobs: Tensor
+    prompt_routed_experts: Tensor | None = None
+    """(P, L, k): RolloutGroup.prompt_routed_experts, to be replayed; given for all sequences or for none."""
+    routed_experts: Tensor | None = None
+    """(R - 1, L, k): Rollout.routed_experts."""
 
     @cached_property
     def num_read(self) -> int:
@@ -93,6 +97,7 @@ def _units(sequences: list[Sequence], max_tokens: int, share_prompts: bool) -> I
 
 def _pack_one(units: list[list[Sequence]], share_prompts: bool) -> PackedBatch:
     token_ids, position_ids, segments, hidden_rows = [], [], [], []
+    routed: list[Tensor | None] = []
     scored: list[tuple[Sequence, Tensor]] = []
     at = 0
     for unit in units:
@@ -100,6 +105,7 @@ def _pack_one(units: list[list[Sequence]], share_prompts: bool) -> PackedBatch:
         prompt_start, prompt_end = at, at + len(prompt)
         token_ids.append(prompt)
         position_ids.append(torch.arange(len(prompt)))
+        routed.append(unit[0].prompt_routed_experts)
         at = prompt_end
         if share_prompts:
             segments.append((prompt_start, prompt_end, 0, 0))
@@ -107,6 +113,7 @@ def _pack_one(units: list[list[Sequence]], share_prompts: bool) -> PackedBatch:
             end = at + sequence.num_read
             token_ids.append(sequence.token_ids[: sequence.num_read])
             position_ids.append(torch.arange(len(prompt), len(prompt) + end - at))
+            routed.append(None if sequence.routed_experts is None else sequence.routed_experts[: sequence.num_read])
             segments.append((at, end, prompt_start, prompt_end) if share_prompts else (prompt_start, end, 0, 0))
             # The row that predicts a token is the one before it; the prompt's last row predicts every first token.
             predictors = torch.cat([torch.tensor([prompt_end - 1]), torch.arange(at, end)])
@@ -126,4 +133,11 @@ def _pack_one(units: list[list[Sequence]], share_prompts: bool) -> PackedBatch:
         sampler_logprobs=torch.cat([sequence.sampler_logprobs[keep] for sequence, keep in scored]),
         cu_scored=counts.cumsum(0),
         sequence_ids=torch.tensor([sequence.sequence_id for sequence, _ in scored]),
+        routed_experts=_all_or_none(routed),
     )
+
+
+def _all_or_none(parts: list[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    assert len(given) in (0, len(parts)), "experts of some rows only"
+    return torch.cat(given) if given else None

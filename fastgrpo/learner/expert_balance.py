@@ -48,6 +48,8 @@ class ExpertBalance:
         self.phase: Literal["off", "count", "train"] = "off"
         self.choices = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=device)
         self.probs = torch.zeros_like(self.choices)
+        self.replayed = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
+        """Choices that were given, and those of them that the router would not have made."""
         self.shares: Tensor | None = None
         """(L, E) f of the whole update, once counted."""
         self.num_tokens = 0.0
@@ -56,6 +58,7 @@ class ExpertBalance:
         self.phase = phase
         self.choices.zero_()
         self.probs.zero_()
+        self.replayed.zero_()
 
     def freeze(self) -> None:
         """Take what was counted, on all ranks, for the update's."""
@@ -63,15 +66,25 @@ class ExpertBalance:
         self.shares = self.choices / num_choices.clamp(min=1.0)
         self.num_tokens = float(num_choices[0]) / self.num_chosen
 
-    def observe(self, layer: int, weights: Tensor, logits: Tensor, chosen: Tensor, passed_on: Tensor) -> Tensor:
-        """weights (T,) of row_weights, logits (T, E), chosen (T, E) bool; returns `passed_on`, whose gradient carries
-        that of the auxiliary loss."""
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """What ranks that see other tokens or layers add up."""
+        return self.choices, self.probs, self.replayed
+
+    def observe(
+        self, layer: int, weights: Tensor, logits: Tensor, chosen: Tensor, passed_on: Tensor, own: Tensor | None = None
+    ) -> Tensor:
+        """weights (T,) of row_weights, logits (T, E), chosen (T, E) bool, own (T, E) bool: what the router would have
+        chosen where the choice was given; returns `passed_on`, whose gradient carries that of the auxiliary loss."""
         if self.phase == "off" or (self.phase == "train" and not torch.is_grad_enabled()):
             return passed_on
         probs = logits.float().softmax(-1)
         with torch.no_grad():
             self.choices[layer] += (weights[:, None] * chosen).sum(0)
             self.probs[layer] += (weights[:, None] * probs).sum(0)
+            if own is not None:
+                of_rows = torch.stack([chosen.sum(1), (chosen & ~own).sum(1)])  # (2, T)
+                self.replayed[:, layer] += (weights * of_rows).sum(1)
         if self.phase == "count" or self.shares is None or not self.num_tokens:
             return passed_on
         weighted = weights[:, None] * self.shares[layer].float()
@@ -80,7 +93,8 @@ class ExpertBalance:
 
     def metrics(self) -> dict[str, float]:
         """balance: the layers' mean. expert_load/max and /min: tokens of a layer's most and least used expert, over
-        its experts' mean; the worst layer's. {} before any token."""
+        its experts' mean; the worst layer's. replayed_difference: the share of the given choices that the routers
+        would not have made; only where any were given. {} before any token."""
         num_choices = self.choices.sum(-1, keepdim=True)
         if not float(num_choices.min()):
             return {}
@@ -88,7 +102,9 @@ class ExpertBalance:
         load = shares * self.num_experts
         balance = (self.num_experts * shares * probs).sum(-1).mean()
         names = ("moe/balance", "moe/expert_load/max", "moe/expert_load/min")
-        return dict(zip(names, torch.stack([balance, load.max(), load.min()]).tolist(), strict=True))
+        metrics = dict(zip(names, torch.stack([balance, load.max(), load.min()]).tolist(), strict=True))
+        given, different = self.replayed.sum(-1).tolist()
+        return metrics | ({"moe/replayed_difference": different / given} if given else {})
 
 
 def refuse_without_experts(coef: float) -> None:

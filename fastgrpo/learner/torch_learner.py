@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +89,18 @@ class TorchLearner:
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, *, temperature: float, reference: bool = False) -> Tensor:
         """See Learner.logprobs."""
-        if reference and self.adapters is not None:
-            with self.adapters.disabled():
-                return self.logprobs(batch, temperature=temperature)
+        if reference:  # a policy of its own, which routes by itself
+            batch = replace(batch, routed_experts=None)
+            if self.adapters is not None:
+                with self.adapters.disabled():
+                    return self.logprobs(batch, temperature=temperature)
         model = self.reference if reference else self.model
         assert model is not None, "no reference model was loaded"
         was_training = model.training
         model.eval()
         batch = batch.to(self.model.device)
-        hidden = self._scored_hidden(model, batch)
+        with nullcontext() if self.routers is None else self.routers.replaying(batch):
+            hidden = self._scored_hidden(model, batch)
         result = linear_logprobs(hidden, model.lm_head.weight, batch.targets, temperature=temperature)
         assert isinstance(result, Tensor)  # a pair only with entropy=True
         model.train(was_training)

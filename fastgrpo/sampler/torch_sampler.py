@@ -7,6 +7,7 @@ Letters: B prompts, G samples each, R rows (completions in flight), V vocabulary
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.decoder import Decoder, hidden_states
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.sampler.draw import contract_of, draw
+from fastgrpo.sampler.expert_record import ExpertRecord, recording
 from fastgrpo.sampler.group_cache import GroupCache
 from fastgrpo.seeding import derive_seed
 from fastgrpo.types import LogprobContract, Prompt, Rollout, RolloutGroup, SamplingParams, WeightSlice
@@ -67,16 +69,22 @@ class TorchSampler:
         was_training = self.model.training
         self.model.eval()
         at_once = max(1, self.max_sequences // num_samples)
-        groups = [
-            group
-            for start in range(0, len(prompts), at_once)
-            for group in self._generate(prompts[start : start + at_once], num_samples, params, seed)
-        ]
+        with recording(self.model) if params.return_routed_experts else nullcontext() as record:
+            groups = [
+                group
+                for start in range(0, len(prompts), at_once)
+                for group in self._generate(prompts[start : start + at_once], num_samples, params, seed, record)
+            ]
         self.model.train(was_training)
         return groups
 
     def _generate(
-        self, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
+        self,
+        prompts: list[Prompt],
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        record: ExpertRecord | None,
     ) -> Iterator[RolloutGroup]:
         device = self.model.device
         num_rows, limit = len(prompts) * num_samples, params.max_new_tokens
@@ -89,6 +97,8 @@ class TorchSampler:
 
         decoder = Decoder(self.model, pack_for=num_rows)
         cache, last_hidden = _prefill(decoder, prompts, num_samples, limit, device)
+        if record is not None:
+            record.start([len(prompt.token_ids) for prompt in prompts], num_rows, limit)
         logits = decoder.logits(last_hidden).repeat_interleave(num_samples, 0)  # (R, V)
         rows = torch.arange(num_rows, device=device)  # which completions are in flight
         for position in range(limit):
@@ -107,12 +117,14 @@ class TorchSampler:
                 cache.keep(going)
             hidden = decoder.hidden_states(drawn, cache.positions(), cache)
             cache.advance()
+            if record is not None:
+                record.step(rows, position)
             logits = decoder.logits(hidden)
         yield from self._rollouts(
-            prompts, num_samples, tokens.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist()
+            prompts, num_samples, tokens.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist(), record
         )
 
-    def _rollouts(self, prompts, num_samples, tokens, logprobs, lengths, stopped) -> Iterator[RolloutGroup]:
+    def _rollouts(self, prompts, num_samples, tokens, logprobs, lengths, stopped, record) -> Iterator[RolloutGroup]:
         for i, prompt in enumerate(prompts):
             rollouts = tuple(
                 Rollout(
@@ -122,10 +134,12 @@ class TorchSampler:
                     sampler_logprobs=logprobs[row, : lengths[row]].clone(),
                     finish_reason="stop" if stopped[row] else "length",
                     policy_version=self.policy_version,
+                    routed_experts=None if record is None else record.completion(row, lengths[row]),
                 )
                 for row in range(i * num_samples, (i + 1) * num_samples)
             )
-            yield RolloutGroup(prompt=prompt, rollouts=rollouts)
+            prompt_routed_experts = None if record is None else record.prompt(i)
+            yield RolloutGroup(prompt=prompt, rollouts=rollouts, prompt_routed_experts=prompt_routed_experts)
 
 
 def _uniforms(prompts: list[Prompt], num_samples: int, limit: int, seed: int) -> Tensor:

@@ -1,5 +1,7 @@
 """How groups are laid out for the learner."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,6 +59,21 @@ def test_tokens_after_the_last_scored_one_are_not_read(share):
     assert batch.token_ids.tolist() == [10, 20]
     assert batch.hidden_rows.tolist() == [0, 1]
     assert batch.targets.tolist() == [20, 21]
+
+
+def test_a_rows_experts_come_along_with_its_token():
+    prompt, first, second = (torch.tensor(x, dtype=torch.uint8)[:, None, None] for x in ([1, 2], [3, 4, 5], []))
+    given = [
+        replace(sequence(0, 0, [10, 11], [20, 21, 22, 23], [0.5, 0.5, 0.5, 0.0]), routed_experts=first),
+        replace(sequence(1, 0, [10, 11], [30]), routed_experts=second),
+    ]
+    given = [replace(one, prompt_routed_experts=prompt) for one in given]
+    for share, expected in ((True, [1, 2, 3, 4]), (False, [1, 2, 3, 4, 1, 2])):
+        (batch,) = pack(given, max_tokens=100, share_prompts=share)
+        assert batch.routed_experts.dtype == torch.uint8
+        assert batch.routed_experts.flatten().tolist() == expected
+        assert len(batch.token_ids) == len(expected)
+    assert pack(GROUP, max_tokens=100, share_prompts=True)[0].routed_experts is None
 
 
 def test_sequences_without_any_weight_cost_nothing():

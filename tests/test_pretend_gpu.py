@@ -1,0 +1,51 @@
+"""Whole runs on a device that is not the CPU, as far as they can be made without one: see pretend_gpu.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+from builders import save_tiny_model, small_run
+from pretend_gpu import NUM_WAITS, install
+from processes import fastgrpo
+
+from fastgrpo.metrics import read_jsonl
+
+OF_THE_MACHINE = ("time/", "memory/", "tokens_per_second")
+RUNS = {
+    "reference": ("qwen2", "algorithm.kl_coef=0.05", "algorithm.reference.schedule=ema", "sampling.top_p=0.9"),
+    "minibatches": ("llama", "train.num_minibatches=2", "learner.max_tokens_per_microbatch=40", "algorithm=dapo"),
+    "stragglers": (
+        "qwen3",
+        "algorithm=gspo",
+        "algorithm.importance_level=sequence",
+        "sampler.oversample=0.5",
+        "sampler.round_tokens=3",
+        "learner.offload=always",
+    ),
+    "experts": ("qwen3_moe", "train.moe_aux_loss_coef=0.01"),
+    "adapters": ("qwen2", "model.lora.rank=2"),
+}
+
+
+def rows(directory: str) -> list[dict]:
+    found = read_jsonl(Path(directory) / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)} for row in found]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_elsewhere_is_a_run_on_the_cpu(name, workplace):
+    """Every tensor is where it is used, nothing needs an operation that a deterministic GPU lacks, and an update waits
+    for the device twice: for the gradient's norm and for its metrics."""
+    kind, *more = RUNS[name]
+    options = small_run(save_tiny_model(Path("model"), kind), *more, "checkpoint.every=1", "checkpoint.export=false")
+    for where, how in (("cpu", None), ("elsewhere", install)):
+        ended = fastgrpo("train", *options, f"run.dir={where}", install=how)
+        assert ended.code == 0, ended.err
+    assert len(rows("cpu")) == 3
+    for there, here in zip(rows("elsewhere"), rows("cpu"), strict=True):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-5)
+    for line in NUM_WAITS.read_text().splitlines():
+        update = json.loads(line)
+        # The torch loss head, which a GPU's runs do not take, looks at every batch's weights and targets.
+        of_the_head = 2 * update["batches"]
+        assert update["waits"] == {"tolist": 1, "_local_scalar_dense.default": 1 + of_the_head}, name
