@@ -15,6 +15,7 @@ from fastgrpo.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
 from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
+from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learners import QUICKSTART_CONTEXT, describe, device_of, export, make_learner
 from fastgrpo.metrics import Ledger, MetricsLog
@@ -61,7 +62,15 @@ def check_contract(contract: LogprobContract, objective: Objective) -> None:
 
 
 def set_up_torch(config: Config) -> None:
-    """Threads and determinism, for the whole process."""
+    """Threads, determinism and whose attention, for the whole process. Raises UserError for one that is not there."""
+    attention, on_cpu = config.cluster.attention, device_of(config)[0] == "cpu"
+    if on_cpu and attention != "auto":
+        raise UserError(f"cluster.attention={attention}: it is a GPU's and this run is on a CPU; use auto")
+    if not on_cpu:
+        try:
+            varlen_kernels.choose(attention)
+        except ValueError as error:
+            raise UserError(f"cluster.attention={attention}: {error}") from None
     if config.cluster.num_threads is not None:
         torch.set_num_threads(config.cluster.num_threads)
     if config.deterministic and torch.cuda.is_available():

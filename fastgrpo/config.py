@@ -352,6 +352,9 @@ class ClusterConfig:
     """auto | cpu | cuda | cuda:N."""
     dtype: str = "auto"
     """auto | float32 | bfloat16: the weights' type; auto is float32 on a CPU and bfloat16 on a GPU."""
+    attention: str = "auto"
+    """auto | torch | flash_attn | flash_attn_3: whose flash attention a GPU computes (docs/kernels.md).  auto: that of
+    the package flash_attn where it is installed, else torch's own."""
     num_threads: int | None = None
     """CPU threads; null: all cores."""
     memory_gb: float | None = None

@@ -11,6 +11,7 @@ import torch
 
 from fastgrpo.config import Config, UserError
 from fastgrpo.data import ALPHABET, PromptSets
+from fastgrpo.kernels import varlen_kernels
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models import hf, lora, tiny
@@ -138,7 +139,18 @@ def describe(model: CausalLM, device: str) -> str:
     """The policy in a few words."""
     num_params = sum(p.numel() for p in model.parameters())
     where = f"{model.dtype} on {device}".removeprefix("torch.")
-    return f"{model.config.model_type}, {num_params / 1e6:.1f}M parameters, {where}"
+    attention = "" if device == "cpu" else f", {_attention(model)}"
+    return f"{model.config.model_type}, {num_params / 1e6:.1f}M parameters, {where}{attention}"
+
+
+def _attention(model: CausalLM) -> str:
+    """Whose attention a GPU computes."""
+    config, kernel = model.config, varlen_kernels.chosen()
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if kernel.takes(torch.empty(0, head_size, dtype=model.dtype, device="meta")):
+        return f"flash attention of {kernel.name}"
+    kind = str(model.dtype).removeprefix("torch.")
+    return f"attention in plain torch, slow: no flash kernel is for {kind} and heads of {head_size}"
 
 
 def export(path: Path, learner: Learner, model: CausalLM | Adapters, tokenizer: Any) -> None:

@@ -46,6 +46,7 @@ def _choices(config: Config) -> None:
     _one_of("sampler.kind", config.sampler.kind, ("torch", "vllm"))
     _one_of("sampler.proof", config.sampler.proof, ("sampled", "full"))
     _one_of("cluster.dtype", config.cluster.dtype, ("auto", "float32", "bfloat16"))
+    _one_of("cluster.attention", config.cluster.attention, ("auto", "torch", "flash_attn", "flash_attn_3"))
     _one_of("run.console", config.run.console, ("auto", "live", "plain", "none"))
     if config.cluster.device not in ("auto", "cpu", "cuda") and not config.cluster.device.startswith("cuda:"):
         refuse("cluster.device", config.cluster.device, "choose auto, cpu, cuda or cuda:N")

@@ -120,6 +120,14 @@ CONFIGURATION = {
         "model.lora.target_modules: the model has no matrix 'query'; choose among down_proj, gate_proj, k_proj",
     ),
     "negative KL": ("algorithm.kl_coef=-1", "algorithm.kl_coef=-1.0: use a value >= 0"),
+    "unknown attention": (
+        "cluster.attention=flash",
+        "cluster.attention=flash: choose one of auto, torch, flash_attn, flash_attn_3",
+    ),
+    "a GPU's attention": (
+        "cluster.attention=flash_attn",
+        "cluster.attention=flash_attn: it is a GPU's and this run is on a CPU; use auto",
+    ),
     "tracker": ("run.trackers=[paper]", "run.trackers=paper: choose any of tensorboard, wandb, mlflow"),
     "micro-batch": (
         "learner.max_tokens_per_microbatch=13",
