@@ -3,7 +3,8 @@
 A rank's experts are two stacked parameters, as in a transformers model's memory and as vLLM's w13 and w2, and each is
 one grouped product, in torch. Megatron's own grouped experts want transformer-engine or the grouped_gemm package.
 
-Letters: N rows dealt to this rank's experts, E experts here, H hidden, F feed-forward size of an expert (on this rank).
+Letters: N rows dealt to this rank's experts, E experts here, H hidden, F feed-forward size of an expert (on this rank),
+L layers, k experts a token.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from fastgrpo.learner.expert_balance import ExpertBalance
+from fastgrpo.models.experts import choice_dtype
 
-NUM_DIGITS = 16
-"""Of a row's weight, which is at most the number of sequences in a micro-batch."""
+WEIGHT_BYTES = 4
 
 
 class Router(TopKRouter):
@@ -28,6 +29,8 @@ class Router(TopKRouter):
 
     balance: ExpertBalance | None = None
     """Watches the choices."""
+    router_replay: Any
+    """What Megatron asks for a choice before it makes one, unless None."""
 
     def gating(self, input: Tensor) -> Tensor:
         """(T, 1, H) -> (T, 1, experts), in the model's dtype as in transformers and vLLM."""
@@ -36,27 +39,53 @@ class Router(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(T, 1, experts) -> (T, experts) weights of the chosen experts, 0 elsewhere, and which are chosen.
 
-        padding_mask: (T, 1, NUM_DIGITS), in_binary's, of all the tokens that sequence parallelism cuts.
+        padding_mask: (T, 1, bytes), for_routers', of all the tokens that sequence parallelism cuts.
         """
-        weights, chosen = super().routing(logits)
-        if self.balance is None:
-            return weights, chosen
         assert padding_mask is not None
         if self.config.sequence_parallel:
             padding_mask = padding_mask.chunk(self.tp_group.size())[self.tp_group.rank()]
-        digits = 2.0 ** torch.arange(NUM_DIGITS, device=logits.device)
-        rows = padding_mask[:, 0].float() @ digits  # (T,)
-        return self.balance.observe(self.layer_number - 1, rows, logits.flatten(0, 1), chosen, weights), chosen
+        notes = padding_mask[:, 0].view(torch.uint8)
+        given, own = self._given(notes), None
+        if given is not None:
+            with torch.no_grad():
+                own = super().routing(logits)[1]
+            self.router_replay = _Given(given)
+        weights, chosen = super().routing(logits)
+        self.router_replay = None
+        if self.balance is None:
+            return weights, chosen
+        rows = notes[:, :WEIGHT_BYTES].contiguous().view(torch.float32)[:, 0]  # (T,)
+        weights = self.balance.observe(self.layer_number - 1, rows, logits.flatten(0, 1), chosen, weights, own)
+        return weights, chosen
+
+    def _given(self, notes: Tensor) -> Tensor | None:
+        """(T, k) the experts that the rows are to be sent to by this layer, or None where it chooses."""
+        if notes.shape[1] == WEIGHT_BYTES:
+            return None
+        dtype = choice_dtype(self.config.num_moe_experts)
+        size = self.topk * dtype.itemsize
+        start = WEIGHT_BYTES + (self.layer_number - 1) * size
+        return notes[:, start : start + size].contiguous().view(dtype).long()
 
 
-def in_binary(row_weights: Tensor) -> Tensor:
-    """(T,) of expert_balance.row_weights -> (1, T, NUM_DIGITS) bool, to be passed as the padding mask.
+class _Given:
+    """For one call in place of Megatron's RouterReplay, which is a list of the process and holds one micro-batch."""
 
-    It is the one argument that Megatron hands to its routers, as bool, through stages and recomputations; there is no
-    padding to mask.
+    def __init__(self, experts: Tensor) -> None:
+        self.experts = experts
+
+    def get_replay_topk(self, scores: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return scores.gather(1, self.experts), self.experts
+
+
+def for_routers(row_weights: Tensor, routed_experts: Tensor | None) -> Tensor:
+    """(T,) of expert_balance.row_weights and (T, L, k) of PackedBatch -> (1, T, bytes), to be passed as padding mask.
+
+    It is the one argument that Megatron hands to its routers, through stages and recomputations; there is no padding to
+    mask. It has to be bool, so the bytes go by that name, and nobody but the routers looks into them.
     """
-    assert not len(row_weights) or int(row_weights.max()) < 2**NUM_DIGITS
-    return (row_weights.long()[:, None] >> torch.arange(NUM_DIGITS)).bitwise_and(1).bool()[None]
+    parts = [row_weights[:, None].float(), *([] if routed_experts is None else [routed_experts.flatten(1)])]
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1).view(torch.bool)[None]
 
 
 class Experts(nn.Module):

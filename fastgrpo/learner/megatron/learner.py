@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ class MegatronLearner:
         balance.start("train")
         self._run(self.ddp, micro_batches, loss_of)
         balance.phase = "off"
-        for sums in (balance.choices, balance.probs):
+        for sums in balance.sums:
             dist.all_reduce(sums)
 
     # --- looking ----------------------------------------------------------------------------------------------------
@@ -163,6 +164,8 @@ class MegatronLearner:
         """See Learner.logprobs."""
         chunks = self.reference if reference else self.policy
         assert chunks is not None, "no reference model was loaded"
+        if reference:  # a policy of its own, which routes by itself
+            batch = replace(batch, routed_experts=None)
         result = torch.zeros(batch.num_scored, device=self.device)
 
         def keep(model: HiddenStatesModel, batch: PackedBatch, hidden: Tensor, **_: Any) -> None:
@@ -193,7 +196,7 @@ class MegatronLearner:
                 position_ids=batch.position_ids[None],
                 attention_mask=None,
                 packed_seq_params=item.packed,
-                padding_mask=None if self.balance is None else item.row_weights,
+                padding_mask=None if self.balance is None else item.for_routers,
             )
             return hidden, partial(of_hidden, model, batch)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgrpo.kernels.row_share import RowShare
 from fastgrpo.kernels.segment_attention import SegmentPlan
 from fastgrpo.learner.expert_balance import row_weights
-from fastgrpo.learner.megatron.experts import in_binary
+from fastgrpo.learner.megatron.experts import for_routers
 from fastgrpo.learner.megatron.model import SegmentParams
 from fastgrpo.learner.megatron.parallel import Parallel
 from fastgrpo.types import PackedBatch
@@ -32,12 +32,12 @@ SCORED_FIELDS = (
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A batch on the device and its attention's plan. Example: MicroBatch(batch, SegmentParams(plan=plan), weights)."""
+    """A batch on the device and its attention's plan. Example: MicroBatch(batch, SegmentParams(plan=plan), notes)."""
 
     batch: PackedBatch
     packed: SegmentParams
-    row_weights: Tensor
-    """(1, T, 16) bool: expert_balance.row_weights in binary, for the routers."""
+    for_routers: Tensor
+    """(1, T, bytes): what experts.for_routers says of the rows, the batch's routed_experts among it."""
 
 
 def prepare(batches: Iterable[PackedBatch], parallel: Parallel, device: torch.device) -> list[MicroBatch]:
@@ -72,11 +72,12 @@ def _ready(batch: PackedBatch, parallel: Parallel, device: torch.device) -> Micr
             token_ids=batch.token_ids[share.rows],
             position_ids=batch.position_ids[share.rows],
             hidden_rows=share.gathered[batch.hidden_rows],
+            routed_experts=None if batch.routed_experts is None else batch.routed_experts[share.rows],
         )
     return MicroBatch(
-        batch.to(device),
+        replace(batch, routed_experts=None).to(device),
         SegmentParams(plan=SegmentPlan(segments, device, share)),
-        in_binary(weights).to(device, non_blocking=True),
+        for_routers(weights, batch.routed_experts).to(device, non_blocking=True),
     )
 
 
@@ -86,11 +87,13 @@ def pad_rows(batch: PackedBatch, multiple: int) -> PackedBatch:
     if extra == 0:
         return batch
     segment = torch.tensor([[batch.num_tokens, batch.num_tokens + extra, 0, 0]])
+    experts = batch.routed_experts
     return replace(
         batch,
         token_ids=_append(batch.token_ids, torch.zeros(extra)),
         position_ids=_append(batch.position_ids, torch.arange(extra)),
         segments=_append(batch.segments, segment),
+        routed_experts=None if experts is None else _append(experts, experts[-1:].expand(extra, -1, -1)),
     )
 
 

@@ -117,7 +117,7 @@ class HiddenStatesModel(GPTModel):
     def _preprocess(self, *, position_ids: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
         """Megatron's, with each row rotated by its own position: a completion's go on from its prompt's end.
 
-        What stands for a padding mask (experts.in_binary) is left whole for every stage.
+        What stands for a padding mask (experts.for_routers) is left whole for every stage.
         """
         embedded, _, *rest, _ = super()._preprocess(position_ids=position_ids, **kwargs)
         angles = position_ids[0, :, None].float() * self.inv_freq  # (T, D)

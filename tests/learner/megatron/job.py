@@ -71,7 +71,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     }
     held = learner.weight_slices()
     result["slices"] = slices_cover_once(learner, held) + slices_differ(held, source)
-    batches = with_logprobs(batches_of(case.share_prompts), learner)
+    batches = with_logprobs(batches_of(case.share_prompts, experts=case.replays), learner)
     result["logprobs"] = by_token(batches, [learner.logprobs(batch, temperature=0.7) for batch in batches])
     mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
     result["gradients"] = gradients(learner, mine)

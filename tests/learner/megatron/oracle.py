@@ -33,7 +33,7 @@ def torch_result(name: str) -> dict[str, Any]:
     """The same keys as a case of job.py."""
     model, reference = scenario.model_of(name), scenario.model_of(name)
     learner = TorchLearner(model, scenario.train_config(name), num_updates=scenario.NUM_STEPS + 1, reference=reference)
-    batches = scenario.with_logprobs(scenario.batches_of(True), learner)
+    batches = scenario.with_logprobs(scenario.batches_of(True, experts=name.endswith("-told")), learner)
     result: dict[str, Any] = {
         "names": list(in_checkpoint(dict(learner.named_weights()))),
         "logprobs": by_token(batches, [learner.logprobs(batch, temperature=0.7) for batch in batches]),

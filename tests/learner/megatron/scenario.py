@@ -51,6 +51,11 @@ class Case:
         return self.processes // self.layout.num_model_ranks
 
     @property
+    def replays(self) -> bool:
+        """Whether the batches bring experts for every row."""
+        return self.model.endswith("-told")
+
+    @property
     def name(self) -> str:
         words = [self.model, *str(self.layout).split(), f"dp={self.data_parallel}"]
         words += [] if self.share_prompts else ["unshared"]
@@ -75,7 +80,8 @@ CASES = (
     Case(processes=2, layout=Layout(pp=2, vpp=2)),
     Case(processes=2, layout=Layout()),
     Case(processes=2, layout=Layout(ep=2), model="qwen3_moe"),
-    Case(processes=2, layout=Layout(tp=2, sp=True, ep=2), model="qwen3_moe", share_prompts=False),
+    Case(processes=2, layout=Layout(tp=2, sp=True, ep=2), model="qwen3_moe-told", share_prompts=False),
+    Case(processes=2, layout=Layout(pp=2), model="qwen3_moe-told", activation_checkpoint="full"),
     Case(processes=2, layout=Layout(cp=2)),
     Case(processes=4, layout=Layout(tp=2, pp=2)),
     Case(processes=4, layout=Layout(tp=2, pp=2), model="qwen2-tied"),
@@ -88,9 +94,9 @@ CASES = (
     Case(processes=4, layout=Layout(pp=2), distributed_optimizer=False),
     Case(processes=4, layout=Layout(tp=2, sp=True, cp=2), share_prompts=False),
     Case(processes=4, layout=Layout(pp=2, cp=2), model="qwen2-tied", activation_checkpoint="full"),
-    Case(processes=4, layout=Layout(cp=2, ep=2), model="qwen3_moe"),
+    Case(processes=4, layout=Layout(cp=2, ep=2), model="qwen3_moe-told"),
     Case(processes=4, layout=Layout(tp=2, sp=True, ep=2), model="qwen3_moe"),
-    Case(processes=4, layout=Layout(pp=2, ep=2), model="qwen3_moe", activation_checkpoint="selective"),
+    Case(processes=4, layout=Layout(pp=2, ep=2), model="qwen3_moe-told", activation_checkpoint="selective"),
     Case(processes=4, layout=Layout(tp=2, pp=2, sp=True), model="qwen3_moe-tied"),
 )
 # Each loads what the one before has saved; the last is the first again.
@@ -157,16 +163,24 @@ def model_of(name: str) -> nn.Module:
     return model
 
 
-def batches_of(share_prompts: bool) -> list[PackedBatch]:
-    """Five ragged micro-batches of one update: 4 groups of 3, one split; prompts of 2 to 9, completions of 1 to 12."""
+def batches_of(share_prompts: bool, *, experts: bool = False) -> list[PackedBatch]:
+    """Five ragged micro-batches of one update: 4 groups of 3, one split; prompts of 2 to 9, completions of 1 to 12.
+
+    experts: for every row 2 of 8 in each of 2 layers, which no router would choose.
+    """
     generator = torch.Generator().manual_seed(1)
+    choices = torch.Generator().manual_seed(2)
 
     def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
+    def routed(num_rows: int) -> torch.Tensor | None:
+        return torch.rand(num_rows, 2, 8, generator=choices).topk(2).indices.byte() if experts else None
+
     sequences = []
     for group in range(4):
         prompt = torch.randint(0, VOCAB, (integer(2, 9),), generator=generator)
+        prompt_experts = routed(len(prompt))
         for _ in range(3):
             length = integer(1, 12)
             weights = torch.rand(length, generator=generator) / 15
@@ -180,6 +194,8 @@ def batches_of(share_prompts: bool) -> list[PackedBatch]:
                     advantages=torch.randn(1, generator=generator).expand(length),
                     token_weights=weights,
                     sampler_logprobs=-5 * torch.rand(length, generator=generator),
+                    prompt_routed_experts=prompt_experts,
+                    routed_experts=routed(length - 1),
                 )
             )
     return pack(sequences, max_tokens=30, share_prompts=share_prompts)
