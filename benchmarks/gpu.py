@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import bench_attention
 import bench_group_advantages
 import bench_linear_logprobs
 import bench_linear_policy_loss
@@ -26,6 +27,7 @@ from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.logprobs import logprobs
 from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.kernels.policy_loss import policy_loss
+from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
 from fastgrpo.verify import VerifyConfig, make_case
 from fastgrpo.verify import main as verify
 
@@ -36,6 +38,7 @@ BENCHMARKS = (
     bench_logprobs,
     bench_linear_logprobs,
     bench_group_advantages,
+    bench_attention,
 )
 
 
@@ -80,6 +83,8 @@ def correctness(device: torch.device, *, smoke: bool) -> list[str]:
         "bitwise repetition": repeats(device, *((70, 61) if smoke else (4096, 32001))),
         "no host synchronisation": never_waits(device),
     }
+    for name in bench_attention.kernels(device):
+        checks[f"attention of {name or 'a CPU'}"] = bench_attention.is_exact(device, name)
     for name, ok in checks.items():
         print(f"{name:<28} {'ok' if ok else 'WRONG'}")
     return [name for name, ok in checks.items() if not ok]
@@ -120,15 +125,18 @@ def repeats(device: torch.device, num_rows: int, num_columns: int) -> bool:
 
 
 def never_waits(device: torch.device) -> bool:
-    """A training step through the head, token and sequence ratios, makes the host wait for nothing."""
+    """A training step through attention and the head, token and sequence ratios, makes the host wait for nothing."""
     problems = [
         (make_case(num_tokens=96, hidden_size=64, vocab_size=1000, dtype=torch.bfloat16, device=device.type), objective)
         for objective in (Objective(kl_coef=0.1, entropy_coef=0.01), Objective(ratio_level="sequence"))
     ]
+    plan = SegmentPlan(bench_attention.layout([(20, [40, 36])]), device)
+    q, k, v = (torch.randn(96, 2, 64, dtype=torch.bfloat16, device=device, requires_grad=True) for _ in range(3))
     for strict in (False, True):  # compile first
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error" if strict else "default")
         try:
+            segment_attention(q, k, v, plan, scale=0.125).sum().backward()
             for case, objective in problems:
                 linear_policy_loss(case.hidden, case.weight, case.batch, objective, chunk_size=40).loss.backward()
         except RuntimeError as error:

@@ -10,9 +10,9 @@ Sources: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp and fla
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -70,6 +70,8 @@ def choose(name: str) -> VarlenKernel:
         raise ValueError(f"choose one of {', '.join(NAMES)}")
     if name == "auto":
         name = "flash_attn" if _has_flash_attn() else "torch"
+    if _chosen is not None and _chosen.name == "flash_attn_3":
+        torch.nn.attention.restore_flash_attention_impl()
     _chosen = {"torch": _torch, "flash_attn": _flash_attn, "flash_attn_3": _flash_attn_3}[name]()
     return _chosen
 
@@ -88,15 +90,18 @@ def _has_flash_attn() -> bool:
 
 
 def _torch() -> VarlenKernel:
-    if _chosen is not None and _chosen.name == "flash_attn_3":
-        torch.nn.attention.restore_flash_attention_impl()
     return VarlenKernel("torch", _torch_forward, _torch_backward)
 
 
 def _flash_attn_3() -> VarlenKernel:
     if find_spec("flash_attn_interface") is None:
         raise ValueError("the package flash_attn_3 is not installed; install it, or use auto")
-    torch.nn.attention.activate_flash_attention_impl("FA3")
+    if torch.cuda.get_device_capability()[0] != 9:
+        raise ValueError("it is for Hopper GPUs and this one is another; use auto")
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{error}; install a flash_attn_3 and a torch that go together, or use auto") from None
     return VarlenKernel("flash_attn_3", _torch_forward, _torch_backward)
 
 
@@ -135,11 +140,9 @@ def _flash_attn() -> VarlenKernel:
     if tuple(map(int, found.split(".")[:2])) < (2, 7):
         raise ValueError(f"the package flash_attn is {found} here; install 2.7 or newer, or use torch")
     try:
-        package = importlib.import_module("flash_attn.flash_attn_interface")
+        package = import_module("flash_attn.flash_attn_interface")
     except ImportError as error:
-        raise ValueError(
-            f"the package flash_attn cannot be loaded ({error}); build it for this torch, or use torch"
-        ) from None
+        raise ValueError(f"{error}; install a flash_attn that was built for this torch, or use torch") from None
 
     def forward(q, k, v, sequences: Sequences, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         s = sequences

@@ -19,6 +19,8 @@ def test_gpu_command_smoke(tmp_path):
     rows = list(csv.DictReader(out.open()))
     ours = {row["kernel"] for row in rows if row["provider"] == "fastgrpo"}
     assert {"linear_policy_loss", "policy_loss", "logprobs", "linear_logprobs", "group_advantages"} <= ours
+    assert "segment_attention" in ours
+    assert "attention of a CPU           ok" in result.stdout
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
     assert {row["gpu"] for row in rows} == {"none (CPU smoke test)"}  # nobody mistakes this for a measurement
     assert out.with_suffix(".png").exists()

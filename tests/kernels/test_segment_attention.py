@@ -7,16 +7,17 @@ real ones is checked on fake CUDA tensors.
 import importlib.util
 import math
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo.kernels import merge_attention
+from fastgrpo.kernels import merge_attention, varlen_kernels
 from fastgrpo.kernels.dense_attention import _plain_backward, _plain_forward, attention_backward, attention_with_lse
 from fastgrpo.kernels.row_share import RowShare
 from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
-from fastgrpo.kernels.varlen_kernels import VarlenKernel, choose
+from fastgrpo.kernels.varlen_kernels import NAMES, Sequences, VarlenKernel, choose
 
 
 def dense(q, k, v, segments, scale):
@@ -164,6 +165,25 @@ def test_ranks_that_share_the_rows_compute_what_one_computes(name, num_ranks, ke
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_gpu_computes_what_float64_does(name):
+    try:
+        kernel = choose(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    segments = LAYOUTS["ragged"]
+    plan, total = SegmentPlan(segments, "cuda", kernel=kernel), int(segments[:, 1].max())
+    exact = [torch.randn(total, heads, 64).bfloat16().double().requires_grad_() for heads in (4, 2, 2, 4)]
+    half = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
+    expected, out = dense(*exact[:3], segments, 0.125), segment_attention(*half[:3], plan, scale=0.125)
+    expected = (expected, *torch.autograd.grad(expected, exact[:3], exact[3]))
+    out = (out, *torch.autograd.grad(out, half[:3], half[3]))
+    for mine, theirs in zip(out, expected, strict=True):
+        assert (mine.cpu().double() - theirs).norm() < 1e-2 * theirs.norm()
+
+
 def test_repetition_is_bitwise_equal():
     segments = LAYOUTS["ragged"]
     q, k, v = (torch.randn(int(segments[:, 1].max()), 2, 8, requires_grad=True) for _ in range(3))
@@ -271,3 +291,38 @@ def test_a_kernel_that_is_not_there_is_refused():
             with pytest.raises(ValueError, match=f"the package {name} is not installed"):
                 choose(name)
     assert choose("auto").name == ("torch" if importlib.util.find_spec("flash_attn_2_cuda") is None else "flash_attn")
+
+
+def package_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+    window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+):  # fmt: skip
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return *plain_forward(q, k, v, sequences, causal, softmax_scale), None, None
+
+
+def package_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+):  # fmt: skip
+    assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    grads = plain_backward(dout, q, k, v, out, softmax_lse, sequences, causal, softmax_scale)
+    for into, grad in zip((dq, dk, dv), grads, strict=True):
+        into.copy_(grad)
+
+
+def test_the_package_is_called_by_its_signature(monkeypatch):
+    """The stand-in has the arguments of flash_attn 2.7 and 2.8, named and ordered as there."""
+    package = ModuleType("flash_attn.flash_attn_interface")
+    package._flash_attn_varlen_forward, package._flash_attn_varlen_backward = package_forward, package_backward
+    monkeypatch.setattr(varlen_kernels, "_chosen", None)
+    monkeypatch.setattr(varlen_kernels, "find_spec", {"flash_attn_2_cuda": True}.get)
+    monkeypatch.setattr(varlen_kernels, "version", lambda _: "2.8.3.post1")
+    monkeypatch.setattr(varlen_kernels, "import_module", {package.__name__: package}.__getitem__)
+    kernel = choose("auto")
+    assert kernel.name == "flash_attn"
+    test_equals_the_dense_mask_with_its_gradient("ragged", torch.float64, 1e-13, replace(kernel, takes=PLAIN.takes))
+    monkeypatch.setattr(varlen_kernels, "version", lambda _: "2.6.3")
+    with pytest.raises(ValueError, match=r"flash_attn is 2\.6\.3 here; install 2\.7 or newer"):
+        choose("flash_attn")
