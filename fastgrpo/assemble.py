@@ -106,10 +106,13 @@ def load_data(config: Config) -> tuple[Any, PromptSets]:
 
 
 @contextmanager
-def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = None) -> Iterator[Run]:
+def assemble(
+    config: Config, ranks: Ranks, reward: Callable[..., Any] | None = None, *, only_evaluates: bool = False
+) -> Iterator[Run]:
     """Everything a run needs, closed again at the end, also after an error.
 
     ranks: this process's place in the job (ranks.join_job). reward: a function in place of reward.path.
+    only_evaluates: the run writes nothing, and needs held-out prompts.
     Raises UserError for whatever the user can mend.
     """
     run_dir = Path(config.run.dir).expanduser()
@@ -124,6 +127,11 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
         # What is quick to find wrong comes first: functions, then data, then weights.
         rewards = stack.enter_context(Rewards(config.reward, reward))
         tokenizer, prompts = load_data(config)
+        if only_evaluates and not prompts.eval:
+            raise UserError(
+                f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
+                "data.eval_path"
+            )
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
@@ -150,16 +158,9 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
         if config.resume != "no":
             checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
         log = None
-        if ranks.is_main:
-            log = MetricsLog(
-                run_dir,
-                config.run.trackers,
-                resume_step=state["step"] if checkpoint else _fresh_start(config, run_dir),
-                run_name=config.run.name,
-                config=asdict(config),
-                notify=console.message,
-            )
-            stack.enter_context(log)
+        if ranks.is_main and not only_evaluates:
+            resume_step = state["step"] if checkpoint else _fresh_start(config, run_dir)
+            log = stack.enter_context(open_log(config, run_dir, resume_step, console.message))
         exchange = make_exchange(config, learner, sampler, prompts, console.message)
         planned: dict[Phase, int] = {"train": plan.train, "rollout": plan.rollout} if plan.on_gpu else {}
         sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
@@ -193,6 +194,18 @@ def assemble(config: Config, ranks: Ranks, reward: Callable[..., Any] | None = N
             num_nonfinite=state["num_nonfinite"],
             export=lambda path: export(path, learner, adapters or model, tokenizer),
         )
+
+
+def open_log(config: Config, run_dir: Path, resume_step: int | None, notify: Callable[[str], None]) -> MetricsLog:
+    """The run's metrics.jsonl and trackers."""
+    return MetricsLog(
+        run_dir,
+        config.run.trackers,
+        resume_step=resume_step,
+        run_name=config.run.name,
+        config=asdict(config),
+        notify=notify,
+    )
 
 
 def _fresh_start(config: Config, run_dir: Path) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,33 +63,27 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
 
 
 def evaluate_only(config: Config) -> dict[str, float]:
-    """Held-out metrics of model.path. Raises UserError for what the user can mend."""
-    validate(config)
-    from fastgrpo.assemble import load_data, sampling_params
-    from fastgrpo.evaluate import summarize
-    from fastgrpo.learners import load_policy
-    from fastgrpo.models import hf
-    from fastgrpo.rewards.scoring import Rewards
-    from fastgrpo.sampler.torch_sampler import TorchSampler
-    from fastgrpo.seeding import derive_seed
+    """Held-out metrics of model.path, as a run with this configuration would measure them; {} but on the main rank.
 
-    tokenizer, prompts = load_data(config)
-    if not prompts.eval:
-        raise UserError(
-            f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
-            "data.eval_path"
-        )
-    model, _ = load_policy(config, tokenizer, prompts, print)
-    params = sampling_params(config, hf.stop_token_ids(model, tokenizer))
-    limit = config.eval.max_new_tokens or params.max_new_tokens
-    params = replace(params, temperature=config.eval.temperature, max_new_tokens=limit)
-    sampler = TorchSampler(model, max_sequences=config.sampler.max_sequences)
-    seed = derive_seed(config.seed, "eval")
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
-    groups = sampler.generate(prompts.eval[: config.eval.num_prompts], config.eval.num_samples, params, seed)
-    with Rewards(config.reward) as rewards:
-        result = rewards.score(groups, decode)
-    return summarize(result.groups, result.metrics, decode, step=0)[0]
+    Raises UserError for what the user can mend.
+    """
+    validate(config)
+    from fastgrpo.assemble import assemble
+    from fastgrpo.ranks import join_job
+    from fastgrpo.trainer import evaluate, share
+
+    config = replace(
+        config,
+        resume="no",
+        run=replace(config.run, console="none"),
+        algorithm=replace(config.algorithm, kl_coef=0.0),  # no reference model
+        learner=replace(config.learner, offload="never"),  # nothing is ever learned
+    )
+    ranks = join_job()
+    with assemble(config, ranks, only_evaluates=True) as parts:
+        share(parts)
+        metrics = evaluate(parts)
+    return metrics if ranks.is_main else {}
 
 
 def plan_only(config: Config) -> tuple[Plan, str]:

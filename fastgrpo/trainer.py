@@ -175,6 +175,12 @@ def evaluate_if_due(run: Run) -> dict[str, float]:
     config, step = run.config.eval, run.step
     if config.every == 0 or not run.eval_prompts or (step % config.every and step != run.config.train.num_steps):
         return {}
+    return evaluate(run)
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Held-out metrics of the policy, on every rank."""
+    config = run.config.eval
     params = replace(
         run.sampling,
         temperature=config.temperature,
@@ -185,7 +191,7 @@ def evaluate_if_due(run: Run) -> dict[str, float]:
     prompts, seed = run.eval_prompts[: config.num_prompts], derive_seed(run.config.seed, "eval")
     with run.ledger("eval"), run.ledger.all_as("eval"):
         groups, failures = score(run, draw(run, prompts, config.num_samples, params, seed))
-        metrics, shown = summarize(groups, failures, run.decode, step)
+        metrics, shown = summarize(groups, failures, run.decode, run.step)
     show(run, shown)
     return metrics
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,15 @@ class TorchLearner:
     ) -> None:
         self.model, self.config, self.num_updates, self.adapters = model, config, num_updates, adapters
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
-        self.optimizer = Optimizer(model, config)
         self.policy_version = 0
         self.ranks = Ranks()
         self.routers = watch_routers(model, config.moe_aux_loss_coef)
         self._offload = Offload()
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """Made when it is needed: whoever only evaluates has no memory for it."""
+        return Optimizer(self.model, self.config)
 
     def update(self, batches: Iterable[PackedBatch], objective: Objective) -> StepResult:
         """See Learner.update."""

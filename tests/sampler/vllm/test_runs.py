@@ -96,3 +96,11 @@ def test_a_model_that_vllm_cannot_run_ends_in_one_line(workplace, tiny_qwen2):
     assert ended.code == 2
     assert ended.err.startswith("fastgrpo: sampler=vllm: it cannot run this model: ")
     assert ended.err.count("\n") == 1
+
+
+def test_eval_measures_with_vllm_what_it_measures_with_torch(workplace, model):
+    asked = [option for option in small_run(model) if "run.dir" not in option]
+    shown = [fastgrpo("eval", *asked, f"sampler={sampler}") for sampler in ("torch", "vllm")]
+    assert [(ended.code, ended.err) for ended in shown] == [(0, "")] * 2
+    assert shown[0].out == shown[1].out
+    assert "eval/response_length" in shown[0].out
