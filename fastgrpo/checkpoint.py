@@ -3,6 +3,9 @@
 A checkpoint is a directory checkpoints/step-000050 with learner/ (what the learner writes: weights, optimizer,
 reference), run.json (the step, the data's order) and manifest.json (every file's size and SHA-256). A kill at any
 moment leaves at worst a directory whose name starts with a dot, which the next save removes.
+
+Each rank writes, flushes and hashes its own files, and on a resume hashes its share of all of them. Directories are
+made, named and removed by the main rank alone.
 """
 
 from __future__ import annotations
@@ -11,15 +14,28 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastgrpo.config import UserError
+from fastgrpo.learner.protocol import PendingSave
 from fastgrpo.ranks import Ranks
 
 PARTIAL = ".partial-"
+NUM_WRITERS = 2
+"""Files that a rank writes side by side."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the manifest says of a file. Example: Fingerprint(bytes=3, sha256="ba7816bf...")."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,57 +55,80 @@ class Checkpoint:
         return json.loads((self.path / "run.json").read_text())
 
 
+class BeginSave(Protocol):
+    """Learner.begin_save."""
+
+    def __call__(self, directory: Path, *, copy: bool) -> PendingSave: ...
+
+
 class Checkpoints:
-    """The checkpoints of one run directory, the newest `keep` of them. Every rank of the job calls every method."""
+    """The checkpoints of one run directory, the newest `keep` of them. Every rank of the job calls every method.
+
+    ranks: the job's, each of them a data rank (ranks.join_job).
+    """
 
     def __init__(self, run_dir: Path, *, keep: int, ranks: Ranks | None = None) -> None:
         self.directory, self.keep, self.ranks = run_dir / "checkpoints", keep, ranks or Ranks()
+        self._writers = ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
 
-    def prepare(self, step: int, save_learner: Callable[[Path], None], run: dict[str, Any]) -> Path:
-        """Write and verify a checkpoint beside the others; `publish` makes it count.
+    def save(self, step: int, begin_save: BeginSave, run: dict[str, Any], *, background: bool = False) -> None:
+        """Write a checkpoint beside the others; `publish` makes it count.
 
-        save_learner is called on every rank with the directory to write to.
+        In the background, what this waits for is the learner's copy of its state, and for a save before this one.
 
         Raises UserError where the disk is full or the directory cannot be written; older checkpoints stay as they are.
         """
+        self.publish(waits=True)
         partial = self.directory / f"{PARTIAL}step-{step:06d}"
-        try:
+        with self._failing_in_one_line(step, partial):
             if self.ranks.is_main:
                 self._remove_partial()
                 (partial / "learner").mkdir(parents=True)
-            self.ranks.barrier()
-            save_learner(partial / "learner")
-            self.ranks.barrier()
-            if self.ranks.is_main:
                 (partial / "run.json").write_text(json.dumps({"step": step, **run}))
-                _seal(partial, step)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"checkpoint of step {step} cannot be written to {self.directory}: {error}; "
-                "free space or choose another run.dir, then go on with resume=auto"
-            ) from error
-        return partial
+            self.ranks.barrier()
+            save = begin_save(partial / "learner", copy=background)
+        files = {
+            str(path.relative_to(partial)): self._writers.submit(_write, path, write)
+            for path, write in save.files.items()
+        }
+        self._pending = _Pending(step=step, path=partial, files=files, finish=save.finish)
+        if not background:
+            wait(files.values())
 
-    def publish(self, partial: Path) -> Checkpoint:
-        """Give a prepared checkpoint its name and remove those beyond `keep`."""
-        final = self.directory / partial.name.removeprefix(PARTIAL)
-        if self.ranks.is_main:
-            if final.exists():  # of a run that was resumed from an older step
-                shutil.rmtree(final)
-            partial.rename(final)
-            _flush(self.directory)
-            for old in self._all()[self.keep :]:
-                shutil.rmtree(old)
-        return Checkpoint(path=final, step=_step_of(final))
+    def publish(self, *, waits: bool = False) -> None:
+        """Give what was saved its name, where every rank has written its files, and remove those beyond `keep`.
+
+        Where one is still writing nothing happens, or with `waits` it is waited for. Raises UserError on all ranks
+        where one could not write.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        if waits:
+            wait(pending.files.values())
+        parts = self.ranks.everyone(pending.outcome(self.ranks))
+        problem = next((part for part in parts if isinstance(part, str)), None)
+        whole = [part for part in parts if isinstance(part, dict)]
+        if problem is None and len(whole) < len(parts):
+            return
+        self._pending = None
+        with self._failing_in_one_line(pending.step, pending.path):
+            if problem is not None:
+                raise OSError(problem)
+            pending.finish()
+            if self.ranks.is_main:
+                _seal(pending.path, pending.step, {name: found for part in whole for name, found in part.items()})
+                self._name(pending.path)
+
+    def close(self) -> None:
+        """Let no thread outlive a run that has failed."""
+        self._writers.shutdown(cancel_futures=True)
 
     def newest(self, notify: Callable[[str], object]) -> Checkpoint | None:
         """The newest whole checkpoint; `notify` hears the name of each broken one that is skipped."""
-        return self.ranks.from_main(self._newest(notify) if self.ranks.is_main else None)
-
-    def _newest(self, notify: Callable[[str], object]) -> Checkpoint | None:
-        for path in self._all():
-            problem = find_problem(path)
+        for path in self.ranks.from_main(self._all()):
+            problem = find_problem(path, self.ranks)
             if problem is None:
                 return Checkpoint(path=path, step=_step_of(path))
             notify(f"checkpoint {path} is broken ({problem}); skipped")
@@ -108,34 +147,96 @@ class Checkpoints:
         for path in self.directory.glob(f"{PARTIAL}*"):
             shutil.rmtree(path)
 
+    def _name(self, partial: Path) -> None:
+        final = self.directory / partial.name.removeprefix(PARTIAL)
+        if final.exists():  # of a run that was resumed from an older step
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(self.directory)
+        for old in self._all()[self.keep :]:
+            shutil.rmtree(old)
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at exactly this path. Raises UserError where it is none or is broken."""
-    problem = find_problem(path)
+    @contextmanager
+    def _failing_in_one_line(self, step: int, partial: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            if self.ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"checkpoint of step {step} cannot be written to {self.directory}: {error}; "
+                "free space or choose another run.dir, then go on with resume=auto"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A checkpoint whose files, by their names in it, this rank's threads write."""
+
+    step: int
+    path: Path
+    files: dict[str, Future[Fingerprint]]
+    finish: Callable[[], None]
+
+    def outcome(self, ranks: Ranks) -> dict[str, Fingerprint] | str | None:
+        """What this rank has written, or why it could not, in words, or None: it still writes."""
+        if not all(file.done() for file in self.files.values()):
+            return None
+        try:
+            return {name: file.result() for name, file in self.files.items()}
+        except (OSError, RuntimeError) as error:
+            return f"rank {ranks.rank}: {error}" if ranks.num_ranks > 1 else str(error)
+
+
+def open_checkpoint(path: Path, ranks: Ranks) -> Checkpoint:
+    """The checkpoint at exactly this path, on all ranks. Raises UserError where it is none or is broken."""
+    problem = find_problem(path, ranks)
     if problem is not None:
         raise UserError(f"resume={path}: {problem}; give a run's directory to take its newest whole checkpoint")
     return Checkpoint(path=path, step=_step_of(path))
 
 
-def find_problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None: every file is read and compared with the manifest."""
+def find_problem(path: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint, in words, or None, alike on all ranks: every file is read, by one of them, and
+    compared with the manifest."""
+    manifest = ranks.from_main(_read_manifest(path) if ranks.is_main else {})
+    if isinstance(manifest, str):
+        return manifest
+    mine = ranks.deal(list(manifest.items()), cost=lambda entry: entry[1].bytes)[ranks.data_rank]
+    return ranks.any_of(next((p for name, expected in mine if (p := _difference(path, name, expected))), None))
+
+
+def _read_manifest(path: Path) -> dict[str, Fingerprint] | str:
+    """Every file's fingerprint, or what is wrong with the manifest."""
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
-        for name, expected in files.items():
-            if _fingerprint(path / name) != expected:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {name: Fingerprint(**expected) for name, expected in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"no readable manifest or file: {error}"
-    return None
 
 
-def _seal(partial: Path, step: int) -> None:
-    """Force every file to the disk and list it in the manifest."""
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    for path in files:
-        _flush(path)
-    fingerprints = {str(path.relative_to(partial)): _fingerprint(path) for path in files}
-    (partial / "manifest.json").write_text(json.dumps({"step": step, "files": fingerprints}))
+def _difference(path: Path, name: str, expected: Fingerprint) -> str | None:
+    try:
+        return None if _fingerprint(path / name) == expected else f"{name} is not what was written"
+    except OSError as error:
+        return f"no readable manifest or file: {error}"
+
+
+def _write(path: Path, write: Callable[[], object]) -> Fingerprint:
+    """Have a file written, and force it to the disk."""
+    write()
+    _flush(path)
+    return _fingerprint(path)
+
+
+def _seal(partial: Path, step: int, files: dict[str, Fingerprint]) -> None:
+    """List every file in the manifest: those given, and what the main rank has written beside them."""
+    for path in (path for path in partial.rglob("*") if path.is_file()):
+        name = str(path.relative_to(partial))
+        if name not in files:
+            files[name] = _write(path, lambda: None)
+    manifest = {"step": step, "files": {name: vars(files[name]) for name in sorted(files)}}
+    (partial / "manifest.json").write_text(json.dumps(manifest))
     _flush(partial / "manifest.json")
     for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         _flush(folder)
@@ -146,10 +247,10 @@ def _step_of(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path) -> Fingerprint:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return Fingerprint(bytes=path.stat().st_size, sha256=digest)
 
 
 def _flush(path: Path) -> None:

@@ -390,6 +390,9 @@ class CheckpointConfig:
     export: bool = True
     """Write the final policy as a Hugging Face directory into run.dir/hf."""
 
+    background: bool = False
+    """The loop waits only until the state is copied to host memory; it is written while the next steps go on. A run
+    killed before that is done goes on from the checkpoint before. The last one is waited for."""
 
 @dataclass(kw_only=True)
 class Config:

@@ -204,8 +204,8 @@ def show(run: Run, samples: list[Sample]) -> None:
 
 def record(run: Run, row: dict[str, float], *, last: bool) -> None:
     """Save where it is due and write the step's row, in the order that a kill at any moment survives."""
-    every, prepared = run.config.checkpoint.every, None
-    if run.step and (last or (every and run.step % every == 0)):
+    config = run.config.checkpoint
+    if run.step and (last or (config.every and run.step % config.every == 0)):
         with run.ledger("checkpoint"):
             run.phases.enter("train")  # what was offloaded is part of the state
             state = {
@@ -213,14 +213,15 @@ def record(run: Run, row: dict[str, float], *, last: bool) -> None:
                 "unfinished": run.unfinished.state_dict(),
                 "num_nonfinite": run.num_nonfinite,
             }
-            prepared = run.checkpoints.prepare(run.step, run.learner.save, state)
+            # The last one has nothing to be written beside.
+            run.checkpoints.save(run.step, run.learner.begin_save, state, background=config.background and not last)
     row = {"step": run.step, **row, **run.phases.row(), **run.ledger.step()}
     if "tokens" in row:
         row["tokens_per_second"] = row["tokens"] / row["time/total_s"]
     if run.log is not None:
         run.log.write(row)
     run.learner.ranks.barrier()
-    if prepared is not None:
+    with run.ledger("checkpoint"):
         # Only now: a checkpoint that is visible has its step's row in metrics.jsonl.
-        run.checkpoints.publish(prepared)
+        run.checkpoints.publish()
     run.console.step(row)

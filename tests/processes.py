@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,28 @@ def fill_the_disk_at(place: str, call: int, num_bytes: int) -> None:
     """From that call on no file grows beyond num_bytes, which fails as a full disk does."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before(place, call, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes)))
+
+
+def hold_saving(call: int, place: str, until: int) -> None:
+    """The call-th torch.save begins when `module:function` is called for the until-th time."""
+    begun = threading.Event()
+    before(place, until, begun.set)
+    before("torch:save", call, begun.wait)
+
+
+def fail_at(place: str, call: int) -> None:
+    """Raise what the user can mend when `module:function` is called for the call-th time."""
+    from fastgrpo.config import UserError
+
+    def fail() -> None:
+        raise UserError("a failure")
+
+    before(place, call, fail)
+
+
+def both(*installs: Callable[[], None]) -> None:
+    for install in installs:
+        install()
 
 
 def before(place: str, call: int, do: Callable[[], object]) -> None:

@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from builders import small_run
-from processes import fastgrpo, fill_the_disk_at, interrupt_twice, kill_in_the_middle_of_saving, signal_at
+from processes import (
+    both,
+    fail_at,
+    fastgrpo,
+    fill_the_disk_at,
+    hold_saving,
+    interrupt_twice,
+    kill_in_the_middle_of_saving,
+    signal_at,
+)
 from safetensors.torch import load_file
 
 from fastgrpo.metrics import read_jsonl
@@ -113,7 +122,7 @@ MOMENTS = {
     "while a checkpoint is flushed": (partial(signal_at, "fastgrpo.checkpoint:_flush", 8, KILL), 2),
     "between checkpoint and row": (partial(signal_at, "fastgrpo.metrics:MetricsLog.write", 5, KILL), 2),
     "between row and publication": (
-        partial(signal_at, "fastgrpo.checkpoint:Checkpoints.publish", 2, KILL),
+        partial(signal_at, "fastgrpo.checkpoint:Checkpoints._name", 2, KILL),
         2,
     ),
     "after a publication": (partial(signal_at, "fastgrpo.console:Console.step", 5, KILL), 4),
@@ -128,6 +137,62 @@ def test_a_killed_run_goes_on_bit_by_bit(moment, workplace, tiny_qwen2, undistur
     out = resume(tiny_qwen2).out
     assert (f"resuming after step {step} from run/checkpoints/step-00000{step}" in out) == (step is not None)
     assert_same_run(Path("run"), undisturbed)
+
+
+# The same beside the training loop: the checkpoint of step 4 is written while steps 5 and 6 go on.
+BACKGROUND_MOMENTS = {
+    "in its file": (partial(kill_in_the_middle_of_saving, 2), 2),
+    "in a later step": (
+        partial(
+            both,
+            partial(hold_saving, 2, "fastgrpo.trainer:evaluate_if_due", 6),
+            partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.update", 10, KILL),
+        ),
+        2,
+    ),
+    "between its files and its name": (partial(signal_at, "fastgrpo.checkpoint:_seal", 2, KILL), 2),
+    "when a later step has named it": (
+        partial(
+            both,
+            partial(hold_saving, 2, "fastgrpo.trainer:improve", 6),
+            partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.begin_save", 3, KILL),
+        ),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", BACKGROUND_MOMENTS)
+def test_a_run_killed_while_it_saves_in_the_background_goes_on_bit_by_bit(moment, workplace, tiny_qwen2, undisturbed):
+    install, step = BACKGROUND_MOMENTS[moment]
+    assert fastgrpo(*settings(tiny_qwen2, "checkpoint.background=true"), install=install).code == -KILL
+    out = resume(tiny_qwen2, "checkpoint.background=true").out
+    assert f"resuming after step {step} from run/checkpoints/step-00000{step}" in out
+    assert_same_run(Path("run"), undisturbed)
+
+
+def test_a_stop_waits_for_the_checkpoint_in_the_background(workplace, tiny_qwen2):
+    """Its file is held back until the stop's own save has begun to wait."""
+    install = partial(
+        both,
+        partial(hold_saving, 2, "fastgrpo.checkpoint:Checkpoints.save", 3),
+        partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.update", 9, signal.SIGTERM),
+    )
+    ended = fastgrpo(*settings(tiny_qwen2, "checkpoint.background=true"), install=install)
+    assert (ended.code, ended.err) == (143, "")
+    assert ended.out.endswith("stopped after step 5, saved; go on with run.dir=run resume=auto\n")
+    assert checkpoints(Path("run")) == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_a_failure_of_the_loop_leaves_no_half_checkpoint_behind(workplace, tiny_qwen2):
+    install = partial(
+        both,
+        partial(hold_saving, 2, "fastgrpo.checkpoint:Checkpoints.close", 1),
+        partial(fail_at, "fastgrpo.trainer:improve", 5),
+    )
+    ended = fastgrpo(*settings(tiny_qwen2, "checkpoint.background=true"), install=install)
+    assert (ended.code, ended.err) == (2, "fastgrpo: a failure\n")
+    assert [path.name for path in Path("run/checkpoints").glob("step-*")] == ["step-000002"]
 
 
 def test_a_run_killed_again_and_again_goes_on_bit_by_bit(workplace, tiny_qwen2, undisturbed):
@@ -295,9 +360,12 @@ def test_the_newest_checkpoints_are_kept(keep, workplace, tiny_qwen2):
     assert checkpoints(Path("run")) == ["step-000005", "step-000006"][2 - keep :]
 
 
-def test_a_full_disk_ends_the_run_in_one_line_with_its_checkpoints_whole(workplace, tiny_qwen2, undisturbed):
-    full = partial(fill_the_disk_at, "fastgrpo.checkpoint:Checkpoints.prepare", 2, 50_000)
-    ended = fastgrpo(*settings(tiny_qwen2), install=full)
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_full_disk_ends_the_run_in_one_line_with_its_checkpoints_whole(
+    background, workplace, tiny_qwen2, undisturbed
+):
+    full = partial(fill_the_disk_at, "fastgrpo.checkpoint:Checkpoints.save", 2, 50_000)
+    ended = fastgrpo(*settings(tiny_qwen2, f"checkpoint.background={background}"), install=full)
     assert ended.code == 2
     assert ended.err.count("\n") == 1
     assert ended.err.startswith("fastgrpo: checkpoint of step 4 cannot be written to run/checkpoints: ")

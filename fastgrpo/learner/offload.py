@@ -7,16 +7,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fastgrpo.learner.host_memory import HostMemory
+
 
 class Offload:
     """Releases tensors' storages and brings them back. The tensors stay the objects that they are, so whoever holds
-    them, or views of them, need not know; only their addresses change.
-
-    On a GPU the host's copies are pinned and kept for the next time, because pinning costs as much as copying.
-    """
+    them, or views of them, need not know; only their addresses change."""
 
     def __init__(self) -> None:
-        self._host: list[Tensor] = []
+        self._host = HostMemory()
         self._released: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []
 
     @property
@@ -32,8 +31,7 @@ class Offload:
         if self.is_out:
             return
         kept, dropped = _storages(keep), _storages(drop)
-        host = [self._host_copy(i, storage) for i, storage in enumerate(kept)]
-        _synchronize(kept)
+        host = self._host.copy_of([_bytes_of(storage) for storage in kept])
         self._released = [(s, s.nbytes(), copy) for s, copy in zip(kept, host, strict=True)]
         self._released += [(s, s.nbytes(), None) for s in dropped]
         for storage, _, _ in self._released:
@@ -47,17 +45,9 @@ class Offload:
             storage.resize_(num_bytes)
             into = _bytes_of(storage)
             into.zero_() if copy is None else into.copy_(copy, non_blocking=True)
-        _synchronize([storage for storage, _, _ in self._released])
+        for device in {storage.device for storage, _, _ in self._released if storage.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
         self._released = []
-
-    def _host_copy(self, index: int, storage: torch.UntypedStorage) -> Tensor:
-        """The storage's bytes in host memory, on their way."""
-        pinned = storage.device.type == "cuda"
-        if index == len(self._host):
-            self._host.append(torch.empty(0, dtype=torch.uint8))
-        if self._host[index].numel() != storage.nbytes():
-            self._host[index] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
-        return self._host[index].copy_(_bytes_of(storage), non_blocking=True)
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
@@ -67,8 +57,3 @@ def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _synchronize(storages: list[torch.UntypedStorage]) -> None:
-    for device in {storage.device for storage in storages if storage.device.type == "cuda"}:
-        torch.cuda.synchronize(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +12,22 @@ from torch import Tensor
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.ranks import Ranks
 from fastgrpo.types import PackedBatch, StepResult, WeightSlice
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingSave:
+    """A save that has begun. Example: PendingSave(files={path: partial(torch.save, state, path)})."""
+
+    files: Mapping[Path, Callable[[], object]]
+    """This rank's files and what writes each: nothing that waits for other ranks, so threads may do it."""
+    finish: Callable[[], None] = lambda: None
+    """Comes once every rank has written its files; all ranks together."""
+
+    def complete(self) -> None:
+        """Write everything now, all ranks together."""
+        for write in self.files.values():
+            write()
+        self.finish()
 
 
 class Learner(Protocol):
@@ -42,12 +59,14 @@ class Learner(Protocol):
         """reference += share * (policy - reference)."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write all that `load` needs to go on bit-identically; every rank of the job calls it with one directory."""
+    def begin_save(self, directory: Path, *, copy: bool = False) -> PendingSave:
+        """Begin to write all that `load` needs to go on bit-identically; every rank of the job calls it with one empty
+        directory. With `copy` the state of now is written even where updates follow before it is: it has been copied
+        to the host, to memory that the next call takes again."""
         ...
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote. Raises UserError where it does not fit."""
+        """Go on from what was saved. Raises UserError where it does not fit."""
         ...
 
     def offload(self) -> None:
@@ -56,6 +75,6 @@ class Learner(Protocol):
         ...
 
     def onload(self) -> None:
-        """Bring back what `offload` moved, bit for bit; `update`, `save` and `load` need it. Nothing is done where
+        """Bring back what `offload` moved, bit for bit; an update, a save and `load` need it. Nothing is done where
         nothing was offloaded."""
         ...

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from functools import cached_property
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from fastgrpo.config import TrainConfig, UserError
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.host_memory import HostMemory
 from fastgrpo.learner.loss_inputs import loss_inputs
 from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.offload import Offload
 from fastgrpo.learner.optimizer import Optimizer, learning_rate
+from fastgrpo.learner.protocol import PendingSave
 from fastgrpo.learner.routers import watch_routers
 from fastgrpo.models import storage
 from fastgrpo.models.attention import PackedAttention
@@ -53,7 +55,7 @@ class TorchLearner:
         self.policy_version = 0
         self.ranks = Ranks()
         self.routers = watch_routers(model, config.moe_aux_loss_coef)
-        self._offload = Offload()
+        self._offload, self._saved = Offload(), HostMemory()
 
     @cached_property
     def optimizer(self) -> Optimizer:
@@ -153,10 +155,17 @@ class TorchLearner:
         """See Learner.onload."""
         self._offload.back()
 
+    def begin_save(self, directory: Path, *, copy: bool = False) -> PendingSave:
+        """See Learner.begin_save: one file, learner.pt."""
+        assert not self._offload.is_out, "onload() comes before a save"
+        state, file = self.state_dict(), directory / "learner.pt"
+        if copy:
+            state = self._saved.copy_of(state)
+        return PendingSave(files={file: partial(torch.save, state, file)})
+
     def save(self, directory: Path) -> None:
-        """See Learner.save: one file, learner.pt."""
-        assert not self._offload.is_out, "onload() comes before save()"
-        torch.save(self.state_dict(), directory / "learner.pt")
+        """Write the state, at once."""
+        self.begin_save(directory).complete()
 
     def load(self, directory: Path) -> None:
         """See Learner.load. Raises UserError where another kind of learner or model was saved."""

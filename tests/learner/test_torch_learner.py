@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import CONFIGS, RAGGED, make_groups, make_model
+from torch.utils._pytree import tree_leaves
 
 from fastgrpo.algorithms.advantages import token_advantages
 from fastgrpo.algorithms.aggregation import token_weights
@@ -242,3 +243,21 @@ def test_offloaded_in_between_it_goes_on_bit_for_bit(tmp_path):
         learner.update(batches, Objective())
         results.append([weight.clone() for _, weight in learner.named_weights()])
     assert all(map(torch.equal, *results))
+
+
+def test_what_follows_a_copy_is_not_saved(tmp_path):
+    batches = pack(sequences_of(make_groups(RAGGED)), max_tokens=10_000, share_prompts=True)
+    config = TrainConfig(learning_rate=1e-3)
+    learner = TorchLearner(make_model().bfloat16(), config, num_updates=9, reference=make_model().bfloat16())
+    learner.update(batches, Objective())
+    for _ in range(2):  # the host's memory is used again
+        expected = copy.deepcopy(learner.state_dict())
+        pending = learner.begin_save(tmp_path, copy=True)
+        learner.update(batches, Objective())
+        learner.move_reference(0.5)
+        learner.offload()
+        pending.complete()
+        learner.onload()
+        saved = torch.load(tmp_path / "learner.pt", weights_only=True)
+        for mine, theirs in zip(tree_leaves(saved), tree_leaves(expected), strict=True):
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs

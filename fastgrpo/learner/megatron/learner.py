@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastgrpo.config import TrainConfig
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.expert_balance import ExpertBalance, refuse_without_experts
+from fastgrpo.learner.host_memory import HostMemory
 from fastgrpo.learner.megatron import convert, head, parallel, sharded_checkpoint
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.convert import Read
@@ -36,6 +37,7 @@ from fastgrpo.learner.megatron.sums import reduce_sums
 from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.offload import Offload
 from fastgrpo.learner.optimizer import learning_rate
+from fastgrpo.learner.protocol import PendingSave
 from fastgrpo.types import PackedBatch, StepResult, WeightSlice
 
 LossFunction = Callable[..., Any]
@@ -89,7 +91,7 @@ class MegatronLearner:
         for module in (module for chunk in self.policy for module in chunk.modules()):
             if isinstance(module, Router):
                 module.balance = self.balance
-        self._offload = Offload()
+        self._offload, self._saved = Offload(), HostMemory()
 
     @classmethod
     def from_pretrained(cls, path: str, layout: Layout, config: TrainConfig, **kwargs: Any) -> MegatronLearner:
@@ -230,10 +232,15 @@ class MegatronLearner:
         theirs, ours = ([p for chunk in chunks for p in chunk.parameters()] for chunks in (self.reference, self.policy))
         torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
 
+    def begin_save(self, directory: Path, *, copy: bool = False) -> PendingSave:
+        """See Learner.begin_save and sharded_checkpoint: every layout can load it. Megatron's files are written from
+        the host's memory, so the state is copied there in any case."""
+        assert not self._offload.is_out, "onload() comes before a save"
+        return sharded_checkpoint.begin_save(self, directory, self._saved)
+
     def save(self, directory: Path) -> None:
-        """Write the state, all ranks together, so that every layout can load it; see sharded_checkpoint.save."""
-        assert not self._offload.is_out, "onload() comes before save()"
-        sharded_checkpoint.save(self, directory)
+        """Write the state, at once, all ranks together."""
+        self.begin_save(directory).complete()
 
     def load(self, directory: Path) -> None:
         """Go on from a state that any layout saved; see sharded_checkpoint.load."""

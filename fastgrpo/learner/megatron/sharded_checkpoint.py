@@ -27,22 +27,27 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor, nn
 
 from fastgrpo.config import UserError
-from fastgrpo.learner.megatron import convert
+from fastgrpo.learner.host_memory import HostMemory
+from fastgrpo.learner.megatron import convert, writing
 from fastgrpo.learner.megatron.cpu import megatron_on_cpu
 from fastgrpo.learner.megatron.model import HiddenStatesModel
 from fastgrpo.learner.megatron.parallel import Parallel
 from fastgrpo.learner.megatron.weight_map import HEAD, Box, boxes_of, is_expert, is_replicated
+from fastgrpo.learner.protocol import PendingSave
 
 if TYPE_CHECKING:
     from fastgrpo.learner.megatron.learner import MegatronLearner
 
 
-def save(learner: MegatronLearner, directory: Path) -> None:
-    """Write the state into an existing, empty directory that all ranks see. Collective over all ranks."""
+def begin_save(learner: MegatronLearner, directory: Path, host: HostMemory) -> PendingSave:
+    """Begin to write the state, copied to `host`, into an existing, empty directory that all ranks see.
+
+    Collective over all ranks.
+    """
     with megatron_on_cpu():
         state: dict[str, Any] = _sharded(learner)
-        state["policy_version"] = learner.policy_version
-        dist_checkpointing.save(state, str(directory))
+    state["policy_version"] = learner.policy_version
+    return writing.begin_save(state, directory, host)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -280,6 +281,31 @@ def bfloat16(directory: Path) -> dict[str, Any]:
     }
 
 
+def pending_save(directory: Path) -> list[str]:
+    """The weights whose next step depends on what happened between the beginning of a save and its writing."""
+    path = str(directory / RESHARDED_MODEL)
+    learner = MegatronLearner.from_pretrained(path, Layout(tp=2), TRAIN, num_updates=9, reference=True)
+    batches = with_logprobs(batches_of(True), learner)
+    learner.update(batches, OBJECTIVE)
+    saved = [empty_directory(directory / f"pending-{name}") for name in ("at once", "later")]
+    learner.save(saved[0])
+    pending = learner.begin_save(saved[1], copy=True)
+    learner.update(batches, OBJECTIVE)
+    learner.move_reference(0.5)
+    learner.offload()
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda write: write(), pending.files.values()))
+    learner.onload()
+    pending.finish()
+    found = []
+    for each in saved:
+        learner.load(each)
+        learner.update(batches, OBJECTIVE)
+        found.append({name: tensor.clone() for name, tensor in learner.named_weights()})
+    parallel.destroy()
+    return [name for name, tensor in found[0].items() if not torch.equal(tensor, found[1][name])]
+
+
 def odd_checkpoints(directory: Path) -> dict[str, Any]:
     """Saved before the first step, without a reference or with one too many, and none at all: what loading says."""
 
@@ -359,7 +385,7 @@ def head_collectives(_: Path) -> dict[str, Any]:
 
 
 EXTRAS = {
-    2: {"head_collectives": head_collectives, "sequence_ratios": sequence_ratios},
+    2: {"head_collectives": head_collectives, "sequence_ratios": sequence_ratios, "pending_save": pending_save},
     1: {"bfloat16": bfloat16, "odd_checkpoints": odd_checkpoints, "kept_activations": kept_activations},
     4: {"reshard": partial(reshard, RESHARDED), "reshard_experts": partial(reshard, RESHARDED_EXPERTS)},
 }

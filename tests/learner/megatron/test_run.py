@@ -1,40 +1,79 @@
 """A whole run of processes started by torchrun."""
 
-import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from builders import save_tiny_model, small_run
 
+from fastgrpo.metrics import read_jsonl
 
-def test_experts_dealt_over_data_ranks_with_unequally_many_micro_batches(tmp_path):
-    model = save_tiny_model(tmp_path / "model", "qwen3_moe")
-    overrides = small_run(
-        model,
+
+def torchrun(directory: Path, *command: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, *command],
+        cwd=directory,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def settings(directory: Path) -> list[str]:
+    return small_run(
+        str(directory / "model"),
         "learner=megatron",
         "learner.ep=2",
         "learner.max_tokens_per_microbatch=48",  # some three micro-batches a step, for two ranks
         "train.moe_aux_loss_coef=0.01",
         "train.prompts_per_step=3",
         "algorithm.importance_level=sequence",
+        "checkpoint.every=1",
+        "checkpoint.background=true",
         "run.console=plain",
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastgrpo"]
-    job = subprocess.run(
-        [*command, "train", *overrides],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory and the process of a run of two steps, with both their checkpoints."""
+    directory = tmp_path_factory.mktemp("finished")
+    save_tiny_model(directory / "model", "qwen3_moe")
+    job = torchrun(directory, "-m", "fastgrpo", "train", *settings(directory))
     assert job.returncode == 0, job.stderr[-4000:]
+    return directory, job
+
+
+def test_experts_dealt_over_data_ranks_with_unequally_many_micro_batches(finished):
+    directory, job = finished
     assert "tp=1 x pp=1 x 2 data parallel, experts over ep=2" in job.stdout
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    trained = [row for row in rows if "moe/balance" in row]
+    trained = [row for row in read_jsonl(directory / "run" / "metrics.jsonl") if "moe/balance" in row]
     assert len(trained) == 2
     for row in trained:
         assert 1 <= row["moe/balance"] < 2.5
         assert row["updates/skipped"] == 0
-    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+    assert (directory / "run" / "hf" / "model.safetensors").is_file()
+
+
+def test_one_rank_finds_a_flipped_byte_and_one_with_a_full_disk_ends_the_job_in_one_line(finished, tmp_path):
+    directory, _ = finished
+    shutil.copytree(directory / "run", tmp_path / "run")
+    spoilt = tmp_path / "run/checkpoints/step-000002/learner/__1_0.distcp"
+    content = bytearray(spoilt.read_bytes())
+    content[len(content) // 2] ^= 1
+    spoilt.write_bytes(content)
+    script = str(Path(__file__).with_name("full_disk.py"))
+    job = torchrun(tmp_path, script, "train", *settings(directory), "train.num_steps=4", "resume=auto")
+    assert job.returncode != 0
+    said = "checkpoint run/checkpoints/step-000002 is broken (learner/__1_0.distcp is not what was written); skipped"
+    assert said in job.stdout
+    assert "resuming after step 1 from run/checkpoints/step-000001\n" in job.stdout
+    lines = [line for line in job.stderr.splitlines() if line.startswith("fastgrpo: ")]
+    assert len(lines) == 1, job.stderr[-4000:]
+    assert lines[0].startswith("fastgrpo: checkpoint of step 2 cannot be written to run/checkpoints: rank 1: ")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]

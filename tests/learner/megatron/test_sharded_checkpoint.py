@@ -30,6 +30,10 @@ def test_a_state_that_went_through_all_layouts_goes_on_bit_for_bit_in_its_own(ch
     assert torch.equal(again["reference"], first["reference"])
 
 
+def test_what_follows_the_beginning_of_a_save_is_not_saved(results_of):
+    assert results_of(2)["pending_save"] == []
+
+
 def test_what_is_missing_from_a_checkpoint_is_named(results_of):
     assert results_of(1)["odd_checkpoints"] == {
         "before any step": 0,
