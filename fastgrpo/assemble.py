@@ -25,7 +25,7 @@ from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import device_memory, make_plan
 from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.scoring import Rewards
-from fastgrpo.samplers import make_exchange, make_sampler
+from fastgrpo.samplers import check_router_replay, make_exchange, make_sampler
 from fastgrpo.types import LogprobContract, SamplingParams
 from fastgrpo.unfinished import Unfinished
 
@@ -134,6 +134,7 @@ def assemble(
                 "data.eval_path"
             )
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
+        check_router_replay(config)
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
         unfinished = Unfinished(config.sampling.max_new_tokens)
@@ -143,6 +144,7 @@ def assemble(
             learner.load(checkpoint.learner)
             stream.load_state_dict(state["stream"])
             unfinished.load_state_dict(state["unfinished"], prompts.train)
+            unfinished.check_routed_experts(config.learner.router_replay)
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
         device = device_of(config)[0]
         plan = make_plan(
@@ -239,6 +241,7 @@ def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling
         max_new_tokens=sampling.max_new_tokens,
         min_new_tokens=sampling.min_new_tokens,
         stop_token_ids=stop_token_ids if sampling.stop_token_ids is None else tuple(sampling.stop_token_ids),
+        return_routed_experts=config.learner.router_replay,
     )
 
 

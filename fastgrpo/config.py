@@ -305,6 +305,9 @@ class LearnerConfig:
     """megatron: each data-parallel rank keeps and steps its part of the optimizer's state; false: all of it on each."""
     overlap_grad_reduce: bool = False
     """megatron: sum gradients over data-parallel ranks while the backward pass goes on."""
+    router_replay: bool = False
+    """A mixture of experts computes every token with the experts that the sampler sent it to, not with those that its
+    own routers would choose (docs/objective.md)."""
 
     @property
     def ranks_a_copy(self) -> int:

@@ -10,6 +10,9 @@ from torch import Tensor
 from fastgrpo.config import Config, UserError
 from fastgrpo.data import PromptSets
 from fastgrpo.learner.protocol import Learner
+from fastgrpo.learners import device_of
+from fastgrpo.models import hf
+from fastgrpo.models.experts import layers_with_experts
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.plan import Plan
 from fastgrpo.ranks import Ranks
@@ -18,6 +21,18 @@ from fastgrpo.sampler.torch_sampler import TorchSampler
 from fastgrpo.weights import Exchange
 
 CANARY_TOKENS = 32
+
+
+def check_router_replay(config: Config) -> None:
+    """Raise UserError where the model has no experts to replay, or the sampler cannot tell which it chose."""
+    if not config.learner.router_replay:
+        return
+    path = config.model.path
+    assert path is not None  # validate has seen to that
+    if not layers_with_experts(hf.load_config(path)):
+        raise UserError(f"learner.router_replay=true: the model of model.path={path} has no experts; use false")
+    if config.sampler.kind == "vllm" and device_of(config)[0] == "cpu":
+        raise UserError("learner.router_replay=true: on a CPU vLLM does not tell its experts; use sampler=torch")
 
 
 def make_sampler(
@@ -100,4 +115,5 @@ def _engine_settings(config: Config, learner: Learner, model: CausalLM, prompts:
         gpu_memory_utilization=share,
         enforce_eager=sampler.enforce_eager,
         sleeps=device.type == "cuda",
+        returns_routed_experts=config.learner.router_replay,
     )

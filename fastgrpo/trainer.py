@@ -104,6 +104,8 @@ def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch] | None:
             advantages=token_advantages(group, i),
             token_weights=weights_of[sequence_id],
             sampler_logprobs=group.group.rollouts[i].sampler_logprobs,
+            prompt_routed_experts=group.group.prompt_routed_experts,
+            routed_experts=group.group.rollouts[i].routed_experts,
         )
         for sequence_id, (number, group, i) in enumerate(members)
     ]
@@ -187,6 +189,7 @@ def evaluate(run: Run) -> dict[str, float]:
         top_p=1.0,
         top_k=0,
         max_new_tokens=config.max_new_tokens or run.sampling.max_new_tokens,
+        return_routed_experts=False,
     )
     prompts, seed = run.eval_prompts[: config.num_prompts], derive_seed(run.config.seed, "eval")
     with run.ledger("eval"), run.ledger.all_as("eval"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fastgrpo.config import UserError
 from fastgrpo.types import Prompt, Rollout, RolloutGroup
@@ -56,8 +59,7 @@ class Unfinished:
             replace(
                 group,
                 rollouts=tuple(
-                    _joined(rollout, next(parts).rollouts[0]) if self._goes_on(rollout) else rollout
-                    for rollout in group.rollouts
+                    _joined(rollout, next(parts)) if self._goes_on(rollout) else rollout for rollout in group.rollouts
                 ),
             )
             for group in self._groups
@@ -82,6 +84,7 @@ class Unfinished:
         return [
             {
                 "prompt_id": group.prompt.prompt_id,
+                "prompt_routed_experts": _encoded(group.prompt_routed_experts),
                 "rollouts": [
                     {
                         "token_ids": rollout.token_ids.tolist(),
@@ -89,6 +92,7 @@ class Unfinished:
                         "token_versions": _versions(rollout).tolist(),
                         "finish_reason": rollout.finish_reason,
                         "policy_version": rollout.policy_version,
+                        "routed_experts": _encoded(rollout.routed_experts),
                     }
                     for rollout in group.rollouts
                 ],
@@ -109,9 +113,19 @@ class Unfinished:
             RolloutGroup(
                 prompt=by_id[group["prompt_id"]],
                 rollouts=tuple(_loaded(group["prompt_id"], rollout) for rollout in group["rollouts"]),
+                prompt_routed_experts=_decoded(group["prompt_routed_experts"]),
             )
             for group in state
         ]
+
+    def check_routed_experts(self, wanted: bool) -> None:
+        """Raise UserError where completions that have begun came without their experts, or with them unasked."""
+        if any((group.prompt_routed_experts is not None) != wanted for group in self._groups):
+            now, then = str(wanted).lower(), str(not wanted).lower()
+            raise UserError(
+                f"learner.router_replay={now}: the checkpoint's unfinished completions were begun with {then}; "
+                f"resume with {then}"
+            )
 
 
 def _versions(rollout: Rollout) -> torch.Tensor:
@@ -123,8 +137,9 @@ def _with_versions(rollout: Rollout) -> Rollout:
     return replace(rollout, token_versions=torch.full_like(rollout.token_ids, rollout.policy_version))
 
 
-def _joined(begun: Rollout, more: Rollout) -> Rollout:
-    more = _with_versions(more)
+def _joined(begun: Rollout, group: RolloutGroup) -> Rollout:
+    """One rollout of what was begun and of the only sample of its continuation."""
+    more = _with_versions(group.rollouts[0])
     return replace(
         begun,
         token_ids=torch.cat([begun.token_ids, more.token_ids]),
@@ -133,7 +148,32 @@ def _joined(begun: Rollout, more: Rollout) -> Rollout:
         token_versions=torch.cat([_versions(begun), _versions(more)]),
         finish_reason=more.finish_reason,
         policy_version=more.policy_version,
+        routed_experts=_joined_experts(begun, group),
     )
+
+
+def _joined_experts(begun: Rollout, group: RolloutGroup) -> Tensor | None:
+    """A token keeps the experts of when the one after it was drawn. The last one that was begun had none yet: the
+    continuation has computed it, as its prompt's last."""
+    first, last, rest = begun.routed_experts, group.prompt_routed_experts, group.rollouts[0].routed_experts
+    if first is None or last is None or rest is None:
+        return None
+    return torch.cat([first, last[-1:], rest])
+
+
+def _encoded(experts: Tensor | None) -> list[Any] | None:
+    """Type, shape and bytes, because millions of numbers are too many for JSON."""
+    if experts is None:
+        return None
+    array = experts.numpy()
+    return [array.dtype.name, array.shape, base64.b64encode(array.tobytes()).decode()]
+
+
+def _decoded(state: list[Any] | None) -> Tensor | None:
+    if state is None:
+        return None
+    dtype, shape, text = state
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype).reshape(shape).copy())
 
 
 def _loaded(prompt_id: str, state: dict[str, Any]) -> Rollout:
@@ -146,4 +186,5 @@ def _loaded(prompt_id: str, state: dict[str, Any]) -> Rollout:
         finish_reason=state["finish_reason"],
         policy_version=state["policy_version"],
         token_versions=torch.tensor(state["token_versions"], dtype=torch.int64),
+        routed_experts=_decoded(state["routed_experts"]),
     )

@@ -180,6 +180,7 @@ def _combinations(config: Config) -> None:
     _layout(config)
     _lora(config)
     _sampler(config)
+    _router_replay(config)
     if config.model.path == "":
         refuse("model.path", '""', "model=hf needs a Hugging Face directory or hub name; add model.path=...")
     if config.model.path is None and config.data.source != "arithmetic":
@@ -234,6 +235,17 @@ def _sampler(config: Config) -> None:
         _oversampling(config)
     if share is not None and not 0 < share <= 1:
         refuse("sampler.gpu_memory_utilization", share, "use a share above 0 and at most 1, or null")
+
+
+def _router_replay(config: Config) -> None:
+    """What is wrong whatever the model is; samplers.check_router_replay looks at that."""
+    sampler = config.sampler
+    if not config.learner.router_replay:
+        return
+    if config.model.path is None:
+        refuse("learner.router_replay", True, "the quickstart's model has no experts; set model.path, or use false")
+    if sampler.kind == "vllm" and sampler.tp > 1:
+        refuse("sampler.tp", sampler.tp, "vLLM tells its experts to one rank only; with learner.router_replay use 1")
 
 
 def _oversampling(config: Config) -> None:

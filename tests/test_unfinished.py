@@ -1,6 +1,7 @@
 """Completions that take several steps: their bookkeeping, and runs that oversample."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def group(name, *rollouts, version=0):
     return RolloutGroup(prompt=prompt, rollouts=tuple(rollout(name, *r, version) for r in rollouts))
 
 
+def routed(group, *, prompt, completions):
+    """The group with numbered experts: one of one layer a token."""
+
+    def experts(numbers):
+        return torch.tensor(numbers, dtype=torch.uint8)[:, None, None]
+
+    told = [replace(r, routed_experts=experts(e)) for r, e in zip(group.rollouts, completions, strict=True)]
+    return replace(group, rollouts=tuple(told), prompt_routed_experts=experts(prompt))
+
+
 def begun():
     """Limit 4, rounds of 2: one group is complete after its first, the other waits for its second completion."""
     unfinished = Unfinished(max_new_tokens=4)
@@ -58,6 +69,29 @@ def test_a_complete_group_is_taken_and_the_other_goes_on():
     torch.testing.assert_close(second.sampler_logprobs, torch.tensor([-0.2, -0.3, -0.9, -0.1]))
     assert (second.finish_reason, second.policy_version, second.prompt_id) == ("length", 5, "slow")
     assert second.loss_mask.all()
+
+
+def test_a_token_keeps_the_experts_of_when_the_one_after_it_was_drawn():
+    unfinished, resumed = Unfinished(max_new_tokens=6), Unfinished(max_new_tokens=6)
+    unfinished.add([routed(group("slow", ([2, 3], "length")), prompt=[10, 11], completions=[[12]])])
+    (prompt,) = unfinished.continuations()
+    more = group(prompt.prompt_id, ([9, 1, 4], "stop"))
+    unfinished.extend([routed(more, prompt=[20, 21, 22, 23], completions=[[24, 25]])])
+    resumed.load_state_dict(json.loads(json.dumps(unfinished.state_dict())), [replace(prompt, prompt_id="slow")])
+    for each in (unfinished, resumed):
+        (done,) = each.take(1)
+        assert done.prompt_routed_experts.flatten().tolist() == [10, 11]
+        (experts,) = (r.routed_experts for r in done.rollouts)
+        assert (experts.dtype, experts.shape) == (torch.uint8, (4, 1, 1))
+        assert experts.flatten().tolist() == [12, 23, 24, 25]
+
+
+def test_what_was_begun_without_experts_does_not_go_on_with_them():
+    unfinished = begun()
+    unfinished.check_routed_experts(False)
+    with pytest.raises(UserError, match=r"learner.router_replay=true: .* begun with false; resume with false"):
+        unfinished.check_routed_experts(True)
+    Unfinished(max_new_tokens=4).check_routed_experts(True)
 
 
 def test_the_oldest_complete_groups_come_first():

@@ -52,6 +52,8 @@ class EngineSettings:
     enforce_eager: bool
     sleeps: bool
     """Whether the KV cache can be given back between rollouts."""
+    returns_routed_experts: bool = False
+    """Whether requests come back with the experts of every token but the last."""
 
 
 class EngineError(RuntimeError):
@@ -132,6 +134,8 @@ class Engine:
 
 def _check_supported(settings: EngineSettings) -> None:
     """Raise ValueError for what would only fail in the first rollout."""
+    if settings.returns_routed_experts and not hasattr(EngineArgs, "enable_return_routed_experts"):
+        raise ValueError("this version does not tell its experts, as learner.router_replay needs it")
     if settings.device == "cpu":
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -162,6 +166,8 @@ def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
         }
     elif hasattr(settings.config, "num_experts") and hasattr(EngineArgs, "moe_backend"):
         optional["moe_backend"] = "triton"  # others shuffle the experts into a form of their own
+    if settings.returns_routed_experts:
+        optional["enable_return_routed_experts"] = True
     return EngineArgs(
         model=directory,
         skip_tokenizer_init=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from vllm import RequestOutput
 from vllm import SamplingParams as VLLMParams
 from vllm.logprobs import FlatLogprobs
 
+from fastgrpo.models.experts import choice_dtype, layers_with_experts
 from fastgrpo.ranks import Ranks
 from fastgrpo.sampler.draw import contract_of
 from fastgrpo.sampler.vllm.engine import Engine, EngineError, EngineSettings
@@ -115,12 +116,12 @@ class VLLMSampler:
             for sample in range(num_samples)
         ]
         outputs = self._with_restarts(lambda: self._complete({r.name: r.for_vllm() for r in requests}))
-        return [
-            RolloutGroup(
-                prompt=prompt, rollouts=tuple(self._rollout(prompt, outputs[f"{i}/{s}"]) for s in range(num_samples))
-            )
-            for i, prompt in enumerate(prompts)
-        ]
+        groups = []
+        for i, prompt in enumerate(prompts):
+            of_prompt = [outputs[f"{i}/{s}"] for s in range(num_samples)]
+            group = RolloutGroup(prompt=prompt, rollouts=tuple(self._rollout(prompt, output) for output in of_prompt))
+            groups.append(self._with_experts(group, of_prompt) if params.return_routed_experts else group)
+        return groups
 
     def score(self, token_ids: Tensor) -> Tensor:
         """(P,) token ids -> (P - 1,) float32: each token's logprob after those before it, at temperature 1."""
@@ -160,6 +161,19 @@ class VLLMSampler:
             finish_reason="stop" if completion.finish_reason == "stop" else "length",
             policy_version=self.policy_version,
         )
+
+    def _with_experts(self, group: RolloutGroup, outputs: list[RequestOutput]) -> RolloutGroup:
+        """Siblings may compute the prompt's last tokens each for themselves: the first one's experts count."""
+        config, size = self.settings.config, len(group.prompt.token_ids)
+        layers, dtype = layers_with_experts(config), choice_dtype(config.num_experts)
+        experts = []
+        for rollout, output in zip(group.rollouts, outputs, strict=True):
+            array = output.outputs[0].routed_experts
+            if array is None or len(array) != size + len(rollout.token_ids) - 1:
+                raise EngineError("vLLM did not tell the experts of every token; use learner.router_replay=false")
+            experts.append(torch.from_numpy(array[:, layers].astype("int16")).to(dtype))  # (P + R - 1, L, k)
+        told = (replace(r, routed_experts=e[size:]) for r, e in zip(group.rollouts, experts, strict=True))
+        return replace(group, rollouts=tuple(told), prompt_routed_experts=experts[0][:size].clone())
 
     # --- failures ---------------------------------------------------------------------------------------------------
 

@@ -82,6 +82,12 @@ def alone(models):
 
 
 @pytest.fixture(scope="session")
+def experts(models):
+    """What experts_job.py found."""
+    return results_of("experts", models)
+
+
+@pytest.fixture(scope="session")
 def ranks(models):
     """What ranks_job.py found, on each of its ranks."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
