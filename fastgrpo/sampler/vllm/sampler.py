@@ -19,6 +19,7 @@ from fastgrpo.models.experts import choice_dtype, layers_with_experts
 from fastgrpo.ranks import Ranks
 from fastgrpo.sampler.draw import contract_of
 from fastgrpo.sampler.vllm.engine import Engine, EngineError, EngineSettings
+from fastgrpo.sampler.vllm.peers import end_together
 from fastgrpo.seeding import derive_seed
 from fastgrpo.types import LogprobContract, Prompt, Rollout, RolloutGroup, SamplingParams, WeightSlice
 
@@ -186,8 +187,11 @@ class VLLMSampler:
                 result = work()
             except Exception as raised:  # whatever a broken engine comes up with
                 error = raised
-            # Building an engine is collective, so all ranks have to know.
-            failure = self.ranks.any_of(None if error is None else _in_one_line(error))
+            mine = None if error is None else _in_one_line(error)
+            if self.settings.tp > 1 and not end_together(self.settings.tp, failed=mine is not None):
+                # Ends this process, and so the job: nothing else reaches ranks that wait inside vLLM.
+                raise EngineError(f"vLLM failed on rank {self.ranks.rank} alone: {mine}") from error
+            failure = self.ranks.any_of(mine)  # all build an engine together
             if failure is None:
                 return result
             if restart == self.max_restarts:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def ranks(models):
     """What ranks_job.py found, on each of its ranks."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     return results_of("ranks", models, num_ranks=2)
+
+
+@pytest.fixture
+def start(models):
+    """run_job on the models: start(script, num_ranks=2)."""
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    return partial(run_job, directory=models)
 
 
 def results_of(script: str, directory: Path, num_ranks: int = 1) -> Any:

@@ -57,3 +57,10 @@ def test_a_permuted_tensor_on_one_rank_is_named_on_all(ranks):
     expected = f"WeightsError: model.layers.1.mlp.down_proj.weight: {sides}"
     for rank in ranks:
         assert rank[case.name]["spoiled"] == f"{expected}; learner and sampler do not hold the same policy"
+
+
+def test_a_rank_that_fails_alone_ends_the_job_with_its_error(start):
+    """The other waits for it inside vLLM, for as long as its process group lets it."""
+    line = r"rank 1:\n[\s\S]*EngineError: vLLM failed on rank 1 alone: MemoryError: no blocks left"
+    with pytest.raises(AssertionError, match=line):
+        start("lonely", num_ranks=2)
