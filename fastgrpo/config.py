@@ -390,12 +390,12 @@ class CheckpointConfig:
     """Steps between checkpoints, one at the end; 0: only when stopped and at the end."""
     keep: int = 2
     """The newest this many are kept."""
-    export: bool = True
-    """Write the final policy as a Hugging Face directory into run.dir/hf."""
-
     background: bool = False
     """The loop waits only until the state is copied to host memory; it is written while the next steps go on. A run
     killed before that is done goes on from the checkpoint before. The last one is waited for."""
+    export: bool = True
+    """Write the final policy as a Hugging Face directory into run.dir/hf."""
+
 
 @dataclass(kw_only=True)
 class Config:
