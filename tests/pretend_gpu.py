@@ -15,11 +15,15 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from plain_varlen import plain_backward, plain_forward
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from fastgrpo.kernels.dense_attention import _plain_forward
+from fastgrpo.kernels.varlen_kernels import Sequences, chosen
 
 aten = torch.ops.aten
 NAME = "pretended"
@@ -29,6 +33,36 @@ WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.defa
 REFUSED_FOR_FLOATS = {aten.cumsum.default, aten.cumsum_.default, aten.histc.default}
 """Of those that torch.use_deterministic_algorithms lists."""
 MEMORY = 1 << 37
+
+
+def _histc(x, *args):  # a CPU has none of integers
+    return aten.histc.default(x.double(), *args).to(x.dtype)
+
+
+def _flash(q, k, v, dropout=0.0, causal=False, debug=False, *, scale):
+    out, lse = _plain_forward(q, k, v, causal, scale)
+    return out, lse, None, None, q.shape[2], k.shape[2], None, None, None
+
+
+def _varlen_flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
+    out, lse = plain_forward(*(x.double() for x in (q, k, v)), Sequences(cu_q, cu_k, max_q, max_k), causal, scale)
+    return out.to(q), lse.float(), None, None, None
+
+
+def _varlen_flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, seed, offset, *, scale):
+    wide = (x.double() for x in (grad, q, k, v, out, lse))
+    grads = plain_backward(*wide, Sequences(cu_q, cu_k, max_q, max_k), causal, scale)
+    return tuple(grad.to(q) for grad in grads)
+
+
+INSTEAD = {
+    aten.histc.default: _histc,
+    aten._scaled_dot_product_flash_attention.default: _flash,
+    aten._flash_attention_forward.default: _varlen_flash,
+    aten._flash_attention_backward.default: _varlen_flash_backward,
+}
+"""How the CPU computes what a GPU alone has."""
+DTYPES = {"auto": torch.float32, "bfloat16": torch.bfloat16}
 NUM_WAITS = Path("waits.json")
 
 
@@ -90,10 +124,7 @@ class Gpu(TorchDispatchMode):
         if to == NAME:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         args, kwargs = tree_map(_held, args), tree_map(_held, kwargs)
-        if func is aten.histc.default:  # a CPU has none of integers
-            result = func(args[0].double(), *args[1:]).to(args[0].dtype)
-        else:
-            result = func(*args, **kwargs)
+        result = INSTEAD.get(func, func)(*args, **kwargs)
         if to_host:
             return result
         known = {id(x.held): x for x in ours}
@@ -151,6 +182,7 @@ def move(model: nn.Module) -> nn.Module:
 def install() -> None:
     """From now on this process has the device, and fastgrpo computes on it. The waits of each update are noted."""
     from fastgrpo import assemble, learners
+    from fastgrpo.kernels.segment_attention import SegmentPlan
     from fastgrpo.learner.torch_learner import TorchLearner
     from fastgrpo.models import hf
 
@@ -159,7 +191,7 @@ def install() -> None:
     Gpu.here.__enter__()
     _FromNumbers().__enter__()
     torch.use_deterministic_algorithms(True)
-    load_model, update = hf.load_model, TorchLearner.update
+    load_model, update, make_plan = hf.load_model, TorchLearner.update, SegmentPlan.__init__
 
     def updated(self, batches, objective):
         batches, before = list(batches), copy.copy(Gpu.here.waits)
@@ -168,8 +200,12 @@ def install() -> None:
             file.write(json.dumps({"batches": len(batches), "waits": Gpu.here.waits - before}) + "\n")
         return result
 
+    def plan(self, segments, device="cpu", share=None, kernel=None):
+        make_plan(self, segments, device, share, kernel or chosen())
+
+    SegmentPlan.__init__ = plan
     hf.use_cpu_linear = lambda model: None
     hf.load_model = lambda path, *, device, dtype: move(load_model(path, device="cpu", dtype=dtype))
-    learners.device_of = assemble.device_of = lambda config: (NAME, torch.float32)
+    learners.device_of = assemble.device_of = lambda config: (NAME, DTYPES[config.cluster.dtype])
     assemble.device_memory = lambda device: MEMORY
     TorchLearner.update = updated

@@ -49,3 +49,14 @@ def test_a_run_elsewhere_is_a_run_on_the_cpu(name, workplace):
         # The torch loss head, which a GPU's runs do not take, looks at every batch's weights and targets.
         of_the_head, of_routers = 2 * update["batches"], 4 * (kind == "qwen3_moe")
         assert sum(update["waits"].values()) == 2 + of_the_head + of_routers, update
+
+
+def test_half_precision_takes_the_flash_kernels(workplace):
+    """Sampler and learner agree as two kernels do in bfloat16; masters and moments leave and come back."""
+    model = save_tiny_model(Path("model"), "qwen3")
+    more = ("cluster.dtype=bfloat16", "learner.offload=always", "checkpoint.every=1", "checkpoint.background=true")
+    ended = fastgrpo("train", *small_run(model, *more, "checkpoint.export=false"), install=install)
+    assert ended.code == 0, ended.err
+    for row in rows("run")[1:]:
+        assert 0 < row["sampler_mismatch/mean_abs"] < 0.03
+        assert row["grad_norm"] > 0
