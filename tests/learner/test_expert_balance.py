@@ -90,6 +90,19 @@ def test_even_use_is_1_and_one_expert_for_all_is_their_number():
         assert metrics["moe/expert_load/max"] == pytest.approx(expected)
 
 
+def test_the_share_of_given_choices_that_the_router_would_not_have_made():
+    def mask(*chosen):
+        return torch.zeros(2, 4).scatter(1, torch.tensor(chosen), 1.0).bool()
+
+    balance = ExpertBalance(1, 4, 2, 0.0, "cpu")
+    balance.start("train")
+    weights, logits = torch.tensor([2.0, 1.0]), torch.zeros(2, 4)
+    balance.observe(0, weights, logits, mask([0, 1], [2, 3]), torch.zeros(1))
+    assert "moe/replayed_difference" not in balance.metrics()
+    balance.observe(0, weights, logits, mask([0, 1], [2, 3]), torch.zeros(1), own=mask([1, 0], [3, 1]))
+    assert balance.metrics()["moe/replayed_difference"] == pytest.approx(1 / 6)
+
+
 def test_without_tokens_there_are_no_metrics():
     assert ExpertBalance(1, 4, 1, 0.0, "cpu").metrics() == {}
 

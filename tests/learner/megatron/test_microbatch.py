@@ -6,6 +6,7 @@ import pytest
 import torch
 from scenario import batches_of
 
+from fastgrpo.learner.megatron.experts import Router, for_routers
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.microbatch import pad_rows, prepare, scored_share
 
@@ -39,6 +40,28 @@ def test_padding_rows_are_a_segment_that_nothing_scores_or_sees():
     assert padded.hidden_rows.max() < batch.num_tokens
     assert padded.position_ids[-extra:].tolist() == list(range(extra))
     assert pad_rows(padded, 32) is padded
+
+
+def test_padding_rows_have_experts_where_the_others_have():
+    batch = batches_of(True, experts=True)[0]
+    padded = pad_rows(batch, 32)
+    assert len(padded.routed_experts) == padded.num_tokens
+    assert torch.equal(padded.routed_experts[: batch.num_tokens], batch.routed_experts)
+    assert (padded.routed_experts.diff(dim=-1) != 0).all()  # k different ones
+
+
+@pytest.mark.parametrize(("num_experts", "dtype"), [(256, torch.uint8), (300, torch.int16)])
+def test_a_router_finds_its_layers_experts_among_the_bytes(num_experts, dtype):
+    experts = torch.arange(num_experts - 18, num_experts).reshape(3, 3, 2).to(dtype)
+    passed_on = for_routers(torch.tensor([1.0, 70000.0, 0.0]), experts)
+    assert (passed_on.dtype, passed_on.shape) == (torch.bool, (1, 3, 4 + 6 * dtype.itemsize))
+    notes = passed_on.transpose(0, 1).bool()[:, 0].view(torch.uint8)  # as Megatron and the router do
+    assert notes[:, :4].contiguous().view(torch.float32).flatten().tolist() == [1.0, 70000.0, 0.0]
+    for layer in range(3):
+        config = SimpleNamespace(num_moe_experts=num_experts)
+        router = SimpleNamespace(config=config, topk=2, layer_number=layer + 1)
+        assert torch.equal(Router._given(router, notes), experts[:, layer].long())
+    assert Router._given(router, notes[:, :4]) is None
 
 
 @pytest.mark.parametrize("whole_sequences", [False, True])
