@@ -25,7 +25,8 @@ class Sampler(Protocol):
         """num_samples completions of every prompt, in the order of the prompts.
 
         The samples are a function of the weights, the prompt, `seed` and the sample's index: the order and the other
-        members of the batch do not enter (beyond the rounding of a differently shaped product).
+        members of the batch do not enter (beyond the rounding of a differently shaped product). With
+        params.return_routed_experts they come with the experts that they were computed with.
         """
         ...
 
