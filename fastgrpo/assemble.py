@@ -17,7 +17,15 @@ from fastgrpo.console import Console
 from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
 from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.objective import Objective
-from fastgrpo.learners import QUICKSTART_CONTEXT, describe, device_of, export, make_learner
+from fastgrpo.learners import (
+    QUICKSTART_CONTEXT,
+    check_layout,
+    config_of_model,
+    describe,
+    device_of,
+    export,
+    make_learner,
+)
 from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, tiny
 from fastgrpo.parts import Run
@@ -133,6 +141,7 @@ def assemble(
                 f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
                 "data.eval_path"
             )
+        check_layout(config, config_of_model(config, tokenizer), ranks.num_ranks)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         check_router_replay(config)
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)

@@ -363,7 +363,7 @@ class ClusterConfig:
     memory_gb: float | None = None
     """One device's memory in 10^9 bytes, for `fastgrpo plan` of a GPU that is not here; null: what this machine has."""
     num_ranks: int | None = None
-    """`fastgrpo plan`: processes of the job to plan for; null: one copy of the policy."""
+    """`fastgrpo plan`: processes of the job to plan for; null: the fewest that the layout takes."""
 
 
 @dataclass(kw_only=True)

@@ -101,7 +101,6 @@ def _megatron_learner(
     if not started_by_torchrun():
         raise UserError("learner=megatron: start it with torchrun --nproc-per-node N -m fastgrpo train ...")
     try:
-        from fastgrpo.learner.megatron.layout import Layout
         from fastgrpo.learner.megatron.learner import MegatronLearner
     except ModuleNotFoundError as error:
         raise UserError(f"learner=megatron: {error.name} is not installed; pip install fastgrpo[megatron]") from None
@@ -112,7 +111,7 @@ def _megatron_learner(
     device, dtype = device_of(config)
     megatron = MegatronLearner.from_pretrained(
         path,
-        Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp, cp=learner.cp, ep=learner.ep),
+        _layout(config),
         config.train,
         num_updates=config.train.num_updates,
         reference=_needs_reference(config),
@@ -128,6 +127,34 @@ def _megatron_learner(
 
 def _needs_reference(config: Config) -> bool:
     return config.algorithm.kl_coef > 0
+
+
+def config_of_model(config: Config, tokenizer: Any) -> Any:
+    """The policy's transformers configuration, before anything is loaded."""
+    if config.model.path is None:
+        return tiny.shape(config.model, tokenizer, max_length=QUICKSTART_CONTEXT)
+    return hf.load_config(config.model.path)
+
+
+def check_layout(config: Config, model_config: Any, num_ranks: int) -> None:
+    """Raise UserError, with the nearest possible cuts, where the model cannot be cut like that over the processes."""
+    if config.learner.kind == "megatron":
+        from fastgrpo.learner.megatron.architecture import Architecture
+        from fastgrpo.learner.megatron.layout import data_parallel_size
+
+        data_parallel_size(_layout(config), Architecture.of(model_config), num_ranks)
+    if model_config.num_attention_heads % config.sampler.tp:
+        raise UserError(
+            f"sampler.tp={config.sampler.tp}: the model's {model_config.num_attention_heads} attention heads cannot be "
+            "cut by it; use a divisor"
+        )
+
+
+def _layout(config: Config) -> Any:
+    from fastgrpo.learner.megatron.layout import Layout
+
+    learner = config.learner
+    return Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp, cp=learner.cp, ep=learner.ep)
 
 
 def model_directory(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,18 +89,17 @@ def evaluate_only(config: Config) -> dict[str, float]:
 
 def plan_only(config: Config) -> tuple[Plan, str]:
     """What a run would do and hold, and the same as a page of text. Raises UserError for what the user can mend."""
-    validate(config)
+    learner = config.learner
+    fewest = math.lcm(math.lcm(learner.tp, learner.ep) * learner.cp * learner.pp, config.sampler.tp)
+    num_ranks = config.cluster.num_ranks or fewest
+    validate(config, num_ranks)
     from fastgrpo.assemble import batch_algebra, load_data
-    from fastgrpo.learners import QUICKSTART_CONTEXT
-    from fastgrpo.models import hf, tiny
+    from fastgrpo.learners import check_layout, config_of_model
     from fastgrpo.plan import Shape, device_to_plan_for, make_plan, table
 
     tokenizer, prompts = load_data(config)
-    if config.model.path is None:
-        model_config = tiny.shape(config.model, tokenizer, max_length=QUICKSTART_CONTEXT)
-    else:
-        model_config = hf.load_config(config.model.path)
-    num_ranks = config.cluster.num_ranks or config.learner.ranks_a_copy
+    model_config = config_of_model(config, tokenizer)
+    check_layout(config, model_config, num_ranks)
     device_bytes, on_gpu = device_to_plan_for(config)
     plan = make_plan(
         config,

@@ -97,11 +97,6 @@ def _engine_settings(config: Config, learner: Learner, model: CausalLM, prompts:
     from fastgrpo.sampler.vllm.engine import EngineSettings
 
     sampler, shape = config.sampler, model.config
-    if shape.num_attention_heads % sampler.tp:
-        raise UserError(
-            f"sampler.tp={sampler.tp}: the model's {shape.num_attention_heads} attention heads cannot be cut by it; "
-            "use a divisor"
-        )
     device = learner.weight_slices()[0].tensor.device
     share = sampler.gpu_memory_utilization
     return EngineSettings(

@@ -10,11 +10,15 @@ from typing import Any
 from fastgrpo.config import Config, UserError
 
 
-def validate(config: Config) -> list[str]:
-    """Raise UserError for what cannot run; return warnings for what can but should make one think."""
+def validate(config: Config, num_ranks: int | None = None) -> list[str]:
+    """Raise UserError for what cannot run; return warnings for what can but should make one think.
+
+    num_ranks: processes of the job; None: as many as torchrun has started.
+    """
+    num_ranks = num_ranks or int(os.environ.get("WORLD_SIZE", "1"))
     _choices(config)
     _ranges(config)
-    _combinations(config)
+    _combinations(config, num_ranks)
     _places(config)
     return _warnings(config)
 
@@ -126,7 +130,7 @@ def _ranges(config: Config) -> None:
             refuse(key, _get(config, key), "use a value between 0 and 1")
 
 
-def _combinations(config: Config) -> None:
+def _combinations(config: Config, num_ranks: int) -> None:
     algorithm, train, sampling = config.algorithm, config.train, config.sampling
     if sampling.temperature == 0:
         refuse("sampling.temperature", 0, "greedy completions are all equal; use a value above 0 (eval may be greedy)")
@@ -177,9 +181,9 @@ def _combinations(config: Config) -> None:
         refuse(
             "eval.num_samples", config.eval.num_samples, "greedy samples are all equal; set eval.temperature above 0"
         )
-    _layout(config)
+    _layout(config, num_ranks)
     _lora(config)
-    _sampler(config)
+    _sampler(config, num_ranks)
     _router_replay(config)
     if config.model.path == "":
         refuse("model.path", '""', "model=hf needs a Hugging Face directory or hub name; add model.path=...")
@@ -189,7 +193,7 @@ def _combinations(config: Config) -> None:
         )
 
 
-def _layout(config: Config) -> None:
+def _layout(config: Config, num_ranks: int) -> None:
     """What the torch learner cannot do; whether a layout fits a model is for learner/megatron/layout.py."""
     learner = config.learner
     if learner.kind != "torch":
@@ -197,8 +201,8 @@ def _layout(config: Config) -> None:
     for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False), ("cp", 1), ("ep", 1)):
         if getattr(learner, key) != plain:
             refuse(f"learner.{key}", getattr(learner, key), "learner=torch is one process; use learner=megatron")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        refuse("learner", "torch", "it is one process and torchrun started several; use learner=megatron")
+    if num_ranks > 1:
+        refuse("learner", "torch", f"it is one process and the job has {num_ranks}; use learner=megatron")
 
 
 def _lora(config: Config) -> None:
@@ -219,8 +223,8 @@ def _lora(config: Config) -> None:
         )
 
 
-def _sampler(config: Config) -> None:
-    sampler, num_ranks = config.sampler, int(os.environ.get("WORLD_SIZE", "1"))
+def _sampler(config: Config, num_ranks: int) -> None:
+    sampler = config.sampler
     if sampler.kind == "torch" and sampler.tp != 1:
         refuse("sampler.tp", sampler.tp, "sampler=torch is one model on one device; use sampler=vllm")
     if num_ranks % sampler.tp:

@@ -427,6 +427,20 @@ def test_multirun_goes_on_after_a_mistake_and_says_it(call, tiny_qwen2):
     assert len(read_jsonl("sweep/1/metrics.jsonl")) == 2
 
 
+def test_plan_of_a_cluster_refuses_the_cuts_that_a_run_would(call, refusal, tiny_qwen2):
+    cut = ("learner=megatron", "learner.tp=2", "learner.pp=2", "sampler=vllm", "sampler.tp=4", "cluster.memory_gb=80")
+    code, out, _ = call("plan", *small_run(tiny_qwen2, *cut, "cluster.num_ranks=8"))
+    assert code == 0
+    assert "8 = tp=2 x pp=2 x 2 data parallel" in out
+    assert "4 = tp=2 x pp=2 x 1 data parallel" in call("plan", *small_run(tiny_qwen2, *cut))[1]
+    line = refusal("plan", *small_run(tiny_qwen2, *cut, "cluster.num_ranks=6"))
+    assert line.startswith("sampler.tp=4: it does not divide the job's 6 processes")
+    line = refusal("plan", *small_run(tiny_qwen2, *cut, "learner.pp=3", "cluster.num_ranks=12"))
+    assert line.startswith("learner.pp=3: does not divide the model's 2 layers; possible with 12 processes: ")
+    line = refusal("plan", *small_run(tiny_qwen2, *cut, "sampler.tp=8", "cluster.num_ranks=8"))
+    assert line == "sampler.tp=8: the model's 4 attention heads cannot be cut by it; use a divisor"
+
+
 def test_report_writes_the_page_again(call, tiny_qwen2):
     assert call("train", *small_run(tiny_qwen2, "train.num_steps=1"))[0] == 0
     page = Path("run/report.html")
