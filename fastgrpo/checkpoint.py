@@ -10,9 +10,7 @@ made, named and removed by the main rank alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,19 +21,12 @@ from typing import Any, Protocol
 
 from fastgrpo.config import UserError
 from fastgrpo.learner.protocol import PendingSave
+from fastgrpo.manifest import Fingerprint, find_problem, flush, seal, write_file
 from fastgrpo.ranks import Ranks
 
 PARTIAL = ".partial-"
 NUM_WRITERS = 2
 """Files that a rank writes side by side."""
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What the manifest says of a file. Example: Fingerprint(bytes=3, sha256="ba7816bf...")."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +80,7 @@ class Checkpoints:
             self.ranks.barrier()
             save = begin_save(partial / "learner", copy=background)
         files = {
-            str(path.relative_to(partial)): self._writers.submit(_write, path, write)
+            str(path.relative_to(partial)): self._writers.submit(write_file, path, write)
             for path, write in save.files.items()
         }
         self._pending = _Pending(step=step, path=partial, files=files, finish=save.finish)
@@ -118,7 +109,7 @@ class Checkpoints:
                 raise OSError(problem)
             pending.finish()
             if self.ranks.is_main:
-                _seal(pending.path, pending.step, {name: found for part in whole for name, found in part.items()})
+                seal(pending.path, pending.step, {name: found for part in whole for name, found in part.items()})
                 self._name(pending.path)
 
     def close(self) -> None:
@@ -152,7 +143,7 @@ class Checkpoints:
         if final.exists():  # of a run that was resumed from an older step
             shutil.rmtree(final)
         partial.rename(final)
-        _flush(self.directory)
+        flush(self.directory)
         for old in self._all()[self.keep :]:
             shutil.rmtree(old)
 
@@ -196,67 +187,6 @@ def open_checkpoint(path: Path, ranks: Ranks) -> Checkpoint:
     return Checkpoint(path=path, step=_step_of(path))
 
 
-def find_problem(path: Path, ranks: Ranks) -> str | None:
-    """What is wrong with a checkpoint, in words, or None, alike on all ranks: every file is read, by one of them, and
-    compared with the manifest."""
-    manifest = ranks.from_main(_read_manifest(path) if ranks.is_main else {})
-    if isinstance(manifest, str):
-        return manifest
-    mine = ranks.deal(list(manifest.items()), cost=lambda entry: entry[1].bytes)[ranks.data_rank]
-    return ranks.any_of(next((p for name, expected in mine if (p := _difference(path, name, expected))), None))
-
-
-def _read_manifest(path: Path) -> dict[str, Fingerprint] | str:
-    """Every file's fingerprint, or what is wrong with the manifest."""
-    try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-        return {name: Fingerprint(**expected) for name, expected in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"no readable manifest or file: {error}"
-
-
-def _difference(path: Path, name: str, expected: Fingerprint) -> str | None:
-    try:
-        return None if _fingerprint(path / name) == expected else f"{name} is not what was written"
-    except OSError as error:
-        return f"no readable manifest or file: {error}"
-
-
-def _write(path: Path, write: Callable[[], object]) -> Fingerprint:
-    """Have a file written, and force it to the disk."""
-    write()
-    _flush(path)
-    return _fingerprint(path)
-
-
-def _seal(partial: Path, step: int, files: dict[str, Fingerprint]) -> None:
-    """List every file in the manifest: those given, and what the main rank has written beside them."""
-    for path in (path for path in partial.rglob("*") if path.is_file()):
-        name = str(path.relative_to(partial))
-        if name not in files:
-            files[name] = _write(path, lambda: None)
-    manifest = {"step": step, "files": {name: vars(files[name]) for name in sorted(files)}}
-    (partial / "manifest.json").write_text(json.dumps(manifest))
-    _flush(partial / "manifest.json")
-    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-        _flush(folder)
-
-
 def _step_of(path: Path) -> int:
     digits = path.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
-
-
-def _fingerprint(path: Path) -> Fingerprint:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Fingerprint(bytes=path.stat().st_size, sha256=digest)
-
-
-def _flush(path: Path) -> None:
-    """Force a file's, or a directory's, contents to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

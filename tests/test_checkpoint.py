@@ -7,10 +7,11 @@ from functools import partial
 
 import pytest
 
-from fastgrpo import checkpoint
-from fastgrpo.checkpoint import Checkpoints, find_problem
+from fastgrpo import manifest
+from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import UserError
 from fastgrpo.learner.protocol import PendingSave
+from fastgrpo.manifest import find_problem
 from fastgrpo.ranks import Ranks
 
 NUM_RANKS = 4
@@ -86,13 +87,13 @@ def test_every_file_of_every_rank_is_listed(tmp_path):
 def test_a_flipped_byte_in_any_file_is_found_by_the_one_rank_that_reads_it(tmp_path, monkeypatch):
     on_ranks(lambda ranks: save(tmp_path, 3, ranks))
     path, read = tmp_path / "checkpoints/step-000003", []
-    hashed = checkpoint._fingerprint
+    hashed = manifest.fingerprint
 
     def noted(file):
         read.append((threading.get_ident(), file))
         return hashed(file)
 
-    monkeypatch.setattr(checkpoint, "_fingerprint", noted)
+    monkeypatch.setattr(manifest, "fingerprint", noted)
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
     for file in files:
         content = file.read_bytes()

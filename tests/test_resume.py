@@ -119,7 +119,7 @@ MOMENTS = {
     ),
     "in a checkpoint's largest file": (partial(kill_in_the_middle_of_saving, 2), 2),
     "in the first checkpoint's": (partial(kill_in_the_middle_of_saving, 1), None),
-    "while a checkpoint is flushed": (partial(signal_at, "fastgrpo.checkpoint:_flush", 8, KILL), 2),
+    "while a checkpoint is flushed": (partial(signal_at, "fastgrpo.manifest:flush", 8, KILL), 2),
     "between checkpoint and row": (partial(signal_at, "fastgrpo.metrics:MetricsLog.write", 5, KILL), 2),
     "between row and publication": (
         partial(signal_at, "fastgrpo.checkpoint:Checkpoints._name", 2, KILL),
@@ -150,7 +150,7 @@ BACKGROUND_MOMENTS = {
         ),
         2,
     ),
-    "between its files and its name": (partial(signal_at, "fastgrpo.checkpoint:_seal", 2, KILL), 2),
+    "between its files and its name": (partial(signal_at, "fastgrpo.checkpoint:seal", 2, KILL), 2),
     "when a later step has named it": (
         partial(
             both,
