@@ -56,9 +56,20 @@ class Ranks:
         return values
 
     def gather(self, part: T) -> list[T]:
-        """The leaders' parts in the order of their data ranks, on every rank."""
-        parts = self.everyone((self.data_rank, part) if self.leads else None)
-        return [found for _, found in sorted((x for x in parts if x is not None), key=lambda entry: entry[0])]
+        """The leaders' parts in the order of their data ranks, on every rank.
+
+        A broadcast a part: an all-gather would pad every rank's, also those of ranks without one, to the longest.
+        """
+        if self.num_ranks == 1:
+            return [part]
+        leaders = self.everyone(self.data_rank if self.leads else None)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        parts = []
+        for data_rank in range(self.num_data_ranks):
+            box = [part]
+            dist.broadcast_object_list(box, src=leaders.index(data_rank), device=device)
+            parts += box
+        return parts
 
     def any_of(self, value: T | None) -> T | None:
         """The first rank's value that is not None, on every rank."""
