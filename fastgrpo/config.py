@@ -42,7 +42,7 @@ class WarmStartConfig:
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Train low-rank adapters beside a frozen model (learner=torch, needs `pip install fastgrpo[lora]`)."""
+    """Train low-rank adapters beside a frozen model (needs `pip install fastgrpo[lora]`)."""
 
     rank: int = 0
     """0 trains every weight. The frozen model is the KL term's reference, at no memory."""

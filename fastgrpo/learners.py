@@ -97,7 +97,7 @@ def _torch_learner(
 
 def _megatron_learner(
     config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, notify: Callable[[str], None]
-) -> tuple[Learner, CausalLM, None]:
+) -> tuple[Learner, CausalLM, Adapters | None]:
     if not started_by_torchrun():
         raise UserError("learner=megatron: start it with torchrun --nproc-per-node N -m fastgrpo train ...")
     try:
@@ -109,20 +109,26 @@ def _megatron_learner(
     ranks.barrier()
     learner, path = config.learner, model_directory(config)
     device, dtype = device_of(config)
+    adapters = None
+    if config.model.lora.enabled:
+        adapters = lora.add_to_skeleton(path, config.model.lora, dtype=dtype, seed=config.seed)
     megatron = MegatronLearner.from_pretrained(
         path,
         _layout(config),
         config.train,
         num_updates=config.train.num_updates,
         reference=_needs_reference(config),
+        adapters=adapters,
         dtype=dtype,
         activation_checkpoint=learner.activation_checkpoint,
         distributed_optimizer=learner.distributed_optimizer,
         overlap_grad_reduce=learner.overlap_grad_reduce,
     )
+    if adapters is not None:
+        adapters.drop()  # the learner has its part of them
     if config.sampler.kind == "torch" and megatron.ranks.leads:
-        return megatron, hf.load_model(path, device=device, dtype=dtype), None
-    return megatron, hf.load_skeleton(path, dtype=dtype), None
+        return megatron, hf.load_model(path, device=device, dtype=dtype), adapters
+    return megatron, hf.load_skeleton(path, dtype=dtype), adapters
 
 
 def _needs_reference(config: Config) -> bool:
@@ -182,7 +188,13 @@ def _attention(model: CausalLM) -> str:
 
 def export(path: Path, learner: Learner, model: CausalLM | Adapters, tokenizer: Any) -> None:
     """Write the policy as a Hugging Face directory; every rank calls it, because the weights may be on all of them."""
-    if isinstance(model, Adapters) or learner.ranks.from_main(model.device.type != "meta"):
+    if isinstance(model, Adapters):
+        tensors = dict(learner.named_adapters())
+        if learner.ranks.is_main:
+            model.save_pretrained(path, tensors)
+            tokenizer.save_pretrained(path)
+        return
+    if learner.ranks.from_main(model.device.type != "meta"):
         if learner.ranks.is_main:
             hf.save_pretrained(model, tokenizer, path)
         return

@@ -16,7 +16,7 @@ import torch
 
 from fastgrpo.config import Config, UserError
 from fastgrpo.models import lora
-from fastgrpo.models.storage import VOCAB_MULTIPLE
+from fastgrpo.models.storage import FUSED, VOCAB_MULTIPLE
 
 RESERVED_SHARE = 0.08
 """Of a GPU, for CUDA's context, the allocator's fragments and captured graphs."""
@@ -185,9 +185,11 @@ def make_plan(
     size = 4 if config.cluster.dtype == "float32" or (config.cluster.dtype == "auto" and not on_gpu) else 2
     num_parameters = shape.num_parameters(learner.tp, learner.pp, learner.ep)
     adapted = config.model.lora.enabled
-    trained, size_trained = num_parameters, size
+    trained, size_trained, merged = num_parameters, size, 0
     if adapted:
-        trained, size_trained = _num_adapter_parameters(shape, *lora.rank_and_targets(config.model.lora)), 4
+        rank, targets = lora.rank_and_targets(config.model.lora)
+        trained, size_trained = num_adapter_parameters(shape, rank, targets, learner.tp, learner.pp), 4
+        merged = _num_merged(shape, targets, learner.tp, learner.pp)
     is_megatron = learner.kind == "megatron"
     per_token = shape.activation_bytes_per_token(
         size,
@@ -208,9 +210,9 @@ def make_plan(
     return Plan(
         device_bytes=device_bytes,
         on_gpu=on_gpu,
-        weights=num_parameters * size,
+        weights=num_parameters * size + (trained * size_trained if adapted else 0),
         reference=num_parameters * size if config.algorithm.kl_coef > 0 and not adapted else 0,
-        sampler_weights=_num_unshared(config, shape) * size,
+        sampler_weights=_num_unshared(config, shape, merged) * size,
         gradients=trained * 4,
         optimizer=stepped * (8 + (4 if size_trained < 4 else 0)),
         activations=tokens * kept,
@@ -220,27 +222,34 @@ def make_plan(
     )
 
 
-def _num_unshared(config: Config, shape: Shape) -> int:
-    """Parameters that a sampler holds besides the learner's."""
+def _num_unshared(config: Config, shape: Shape, merged: int) -> int:
+    """Parameters held for a sampler besides the learner's own; merged: those of W + s B A beside W."""
     learner, sampler = config.learner, config.sampler
     if sampler.kind == "torch":
-        return 0 if learner.kind == "torch" else shape.num_parameters()
-    if config.model.lora.enabled:  # W + s B A beside W
-        return shape.num_layers * shape.num_layer_parameters(sampler.tp)
+        return 0 if learner.kind == "torch" else merged + shape.num_parameters()
     matching = learner.tp == sampler.tp and learner.pp == 1 and learner.ep == 1
-    return 0 if matching else shape.num_parameters(sampler.tp)
+    return merged + (0 if matching else shape.num_parameters(sampler.tp))
 
 
-def _num_adapter_parameters(shape: Shape, rank: int, targets: list[str]) -> int:
-    hidden, heads, kv_heads = shape.hidden_size, shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
-    sides = {
-        "q_proj": hidden + heads,
-        "k_proj": hidden + kv_heads,
-        "v_proj": hidden + kv_heads,
-        "o_proj": heads + hidden,
-        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + shape.ffn_size),
-    }
-    return shape.num_layers * rank * sum(sides.get(name, 0) for name in targets)
+def num_adapter_parameters(shape: Shape, rank: int, targets: list[str], tp: int = 1, pp: int = 1) -> int:
+    """Those of the adapters on one rank: of a matrix's two sides, the one that is not H is cut over tp."""
+    cut = _matrix_sides(shape)
+    return -(-shape.num_layers // pp) * rank * sum(shape.hidden_size + cut[n] // tp for n in targets if n in cut)
+
+
+def _num_merged(shape: Shape, targets: list[str], tp: int, pp: int) -> int:
+    """Those of the layers' products, q/k/v and gate/up together, in which a matrix has adapters, on one rank."""
+    products = [names for names in (*FUSED, ("o_proj",), ("down_proj",)) if not set(names).isdisjoint(targets)]
+    cut = _matrix_sides(shape)
+    rows = sum(cut[name] for names in products for name in names)
+    return -(-shape.num_layers // pp) * rows * shape.hidden_size // tp
+
+
+def _matrix_sides(shape: Shape) -> dict[str, int]:
+    """Of each matrix the side that is not H."""
+    heads, kv_heads = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
+    attention = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads, "o_proj": heads}
+    return attention | dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.ffn_size)
 
 
 def device_memory(device: str) -> int:

@@ -213,8 +213,6 @@ def _lora(config: Config) -> None:
         refuse("model.lora.rank", lora.rank, "the adapters of model.lora.path have their own; leave one of the two out")
     if lora.path is None and not lora.target_modules:
         refuse("model.lora.target_modules", "[]", "name at least one matrix, such as q_proj")
-    if config.learner.kind != "torch":
-        refuse("learner", config.learner.kind, "it trains every weight; with model.lora use learner=torch")
     if reference.schedule != "fixed":
         refuse(
             "algorithm.reference.schedule",

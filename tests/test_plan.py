@@ -107,6 +107,18 @@ def test_adapters_are_counted_exactly():
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     plan = plan_of("model.lora.rank=3")
     assert (plan.reference, plan.gradients, plan.optimizer) == (0, 4 * trained, 8 * trained)
+    assert plan.weights == plan_of().weights + 4 * trained
+
+
+def test_merged_weights_are_counted_where_a_sampler_wants_them():
+    """Of q/k/v, which lie together: 2 layers of 32 + 2 * 16 rows of 32, once more."""
+    adapted = ("model.lora.rank=3", "model.lora.target_modules=[q_proj]")
+    assert plan_of(*adapted).sampler_weights == 0
+    assert plan_of(*adapted, "sampler=vllm").sampler_weights == 2 * 4096
+    megatron = (*adapted, "learner=megatron", "learner.tp=2")
+    assert plan_of(*megatron, "sampler=vllm", "sampler.tp=2").sampler_weights == 2 * 4096 // 2
+    whole = Shape.of(make_model("qwen3").config).num_parameters()
+    assert plan_of(*megatron, "learner.pp=2").sampler_weights == 2 * (4096 // 4 + whole)
 
 
 def test_recomputing_and_pipelines_change_the_activations():

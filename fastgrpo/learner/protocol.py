@@ -51,6 +51,11 @@ class Learner(Protocol):
         """The policy under its Hugging Face names, one whole tensor at a time; all ranks go through it together."""
         ...
 
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Where adapters are trained, they alone, whole, named as by model.layers.0.self_attn.q_proj.lora_A.weight; all
+        ranks go through it together."""
+        ...
+
     def weight_slices(self) -> list[WeightSlice]:
         """What this rank holds of the policy, as views whose addresses stay while the learner lives."""
         ...

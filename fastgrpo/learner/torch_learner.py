@@ -132,6 +132,10 @@ class TorchLearner:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
 
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """See Learner.named_adapters."""
+        yield from () if self.adapters is None else self.adapters.named()
+
     def weight_slices(self) -> list[WeightSlice]:
         """See Learner.weight_slices; adapters are slices of their own, or merged where they are kept so."""
         if self.adapters is not None and self.adapters.are_kept_merged:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.config import LoraConfig, UserError
 from fastgrpo.kernels.cpu_linear import use_cpu_linear
 from fastgrpo.models import storage
-from fastgrpo.models.hf import CausalLM
+from fastgrpo.models.hf import CausalLM, load_skeleton
 from fastgrpo.models.storage import FUSED
 from fastgrpo.types import WeightSlice
 
@@ -30,6 +30,21 @@ class Adapters:
     def __init__(self, model: CausalLM, peft_model: Any) -> None:
         self._model, self._peft_model = model, peft_model
         self._merged: dict[str, Tensor] = {}
+
+    @property
+    def config(self) -> Any:
+        """PEFT's own configuration of them."""
+        return self._peft_model.peft_config["default"]
+
+    def modules(self) -> Iterator[tuple[str, Any]]:
+        """The matrices that have adapters, as PEFT's modules, by their paths in the model."""
+        return ((path, module) for path, module in self._model.named_modules() if _has_adapters(module))
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """All that is trained, named as by `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                yield _plain(name), parameter.detach()
 
     @torch.no_grad()
     def keep_merged(self) -> None:
@@ -78,10 +93,26 @@ class Adapters:
         with self._peft_model.disable_adapter():
             yield
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write a PEFT directory, which transformers, PEFT and vLLM load beside the base model."""
-        self._peft_model.save_pretrained(directory)
+    def drop(self) -> None:
+        """Free the memory of all tensors; what is left can write a directory of others."""
+        self._model.to("meta")
+
+    def save_pretrained(self, directory: str | os.PathLike, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write a PEFT directory, which transformers, PEFT and vLLM load beside the base model.
+
+        tensors: what to write in place of the adapters held here, under the names of `named`.
+        """
+        state = None
+        if tensors is not None:
+            names = [name for name, parameter in self._peft_model.named_parameters() if parameter.requires_grad]
+            state = {name: tensors[_plain(name.removeprefix("base_model.model."))] for name in names}
+        self._peft_model.save_pretrained(directory, state_dict=state)
         Path(directory, "README.md").unlink(missing_ok=True)  # PEFT's form for a hub page, all of it blank
+
+
+def _plain(name: str) -> str:
+    """Without PEFT's name of this set of adapters, as in its files."""
+    return name.replace(".default.", ".")
 
 
 def _has_adapters(module: Any) -> bool:
@@ -104,7 +135,7 @@ def add_adapters(model: CausalLM, config: LoraConfig, *, seed: int) -> Adapters:
         raise UserError(f"model.lora: {error.name} is not installed; pip install fastgrpo[lora]") from None
     if config.path is not None:
         return _ready(model, _load(peft, model, config.path))
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = sorted(set(config.target_modules) - (names - {"lm_head"}))
     if unknown:
         raise UserError(
@@ -121,6 +152,16 @@ def add_adapters(model: CausalLM, config: LoraConfig, *, seed: int) -> Adapters:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _ready(model, peft.get_peft_model(model, shape))
+
+
+def add_to_skeleton(path: str, config: LoraConfig, *, dtype: torch.dtype, seed: int) -> Adapters:
+    """add_adapters' very tensors, beside a model without weights, for a learner that holds weights elsewhere."""
+    model = load_skeleton(path, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # PEFT moves adapters to the matrix's device; on `meta` they would be lost
+            nothing = torch.zeros((), dtype=dtype).expand(module.weight.shape)
+            module.weight = nn.Parameter(nothing, requires_grad=False)
+    return add_adapters(model, config, seed=seed)
 
 
 def _load(peft: Any, model: CausalLM, path: str) -> Any:

@@ -13,8 +13,8 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
-from fastgrpo.models.hf import prepare
-from fastgrpo.models.lora import add_adapters
+from fastgrpo.models.hf import load_model, prepare
+from fastgrpo.models.lora import add_adapters, add_to_skeleton
 from fastgrpo.models.storage import fused
 from fastgrpo.run import evaluate_only, run
 
@@ -105,6 +105,21 @@ def test_fresh_adapters_change_nothing_and_repeat():
     assert torch.equal(mine, plain)
     again, _ = with_adapters(random=False)
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_beside_a_model_without_weights_are_the_same(tmp_path, tiny_qwen2, dtype):
+    config = LoraConfig(rank=3)
+    adapters = add_adapters(load_model(tiny_qwen2, device="cpu", dtype=dtype), config, seed=7)
+    others = add_to_skeleton(tiny_qwen2, config, dtype=dtype, seed=7)
+    mine, theirs = dict(adapters.named()), {name: tensor.clone() for name, tensor in others.named()}
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    others.drop()
+    adapters.save_pretrained(tmp_path / "mine")
+    others.save_pretrained(tmp_path / "theirs", theirs)
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("mine", "theirs")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_an_update_moves_the_adapters_alone_and_its_state_is_theirs(tmp_path):

@@ -16,6 +16,19 @@ VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterShape:
+    """Low-rank adapters, the same in every layer: W + scale B A.
+
+    Example: AdapterShape(rank=16, scale=2.0, targets=("self_attn.q_proj", "self_attn.v_proj"))
+    """
+
+    rank: int
+    scale: float
+    targets: tuple[str, ...]
+    """The matrices of a layer that have some, by their Hugging Face names."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A decoder of the Llama family, dense or with a mixture of experts in every layer.
 
@@ -50,6 +63,8 @@ class Architecture:
     """A token's chosen experts' probabilities are scaled to sum to 1."""
     rope_scale: float = 1.0
     """Cosine and sine are multiplied by it (yarn), which multiplies every attention score by its square."""
+    adapters: AdapterShape | None = None
+    """What is trained in place of the weights."""
 
     @classmethod
     def of(cls, config: Any) -> Architecture:

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastgrpo.learner.megatron import lora
 from fastgrpo.learner.megatron.model import HiddenStatesModel
 from fastgrpo.learner.megatron.parallel import Parallel
-from fastgrpo.learner.megatron.weight_map import HEAD, LAYER, Box, boxes_of, is_expert, is_replicated
+from fastgrpo.learner.megatron.weight_map import HEAD, LAYER, Box, boxes_of, is_adapter, is_expert, is_replicated
 from fastgrpo.types import WeightSlice
 
 Read = Callable[[str], Tensor]
@@ -42,32 +43,42 @@ def load(chunks: list[HiddenStatesModel], read: Read, parallel: Parallel) -> Non
 
 
 def slices(chunks: list[HiddenStatesModel], parallel: Parallel) -> list[WeightSlice]:
-    """What this rank holds, as views of its live parameters. A tied head is its embedding, on the first stage alone."""
+    """What this rank holds of the policy, as views of live memory: its parameters, and merged weights where they have
+    adapters. A tied head is its embedding, on the first stage alone."""
+    merged = lora.merged(chunks)
     return [
         WeightSlice(
             name=box.name,
             full_shape=box.full_shape,
             start=box.start,
-            tensor=box.within(param.detach()),
+            tensor=box.within(merged.get(id(param), param.detach())),
             num_padding_rows=box.num_padding_rows,
         )
         for name, param in _once(chunks, parallel)
+        if not is_adapter(name)
         for box in boxes_of(name, chunks[0].architecture, parallel.place)
     ]
 
 
 @torch.no_grad()
 def to_hf(
-    chunks: list[HiddenStatesModel], parallel: Parallel, value: Callable[[nn.Parameter], Tensor] | None = None
+    chunks: list[HiddenStatesModel],
+    parallel: Parallel,
+    value: Callable[[nn.Parameter], Tensor] | None = None,
+    *,
+    adapters: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every full tensor of the whole model under its Hugging Face name, on every rank of the model, in one order.
 
-    value: what to take of each parameter, shaped like it (its gradient, for example); the parameter itself by default.
+    value: what to take of each parameter, shaped like it (its gradient, for example); by default the parameter itself,
+    or the merged weight where it has adapters. adapters: take those, and nothing else.
     The tensors may be views of the parameters: copy what must outlive the next update.
     All ranks of a model, and all that share its experts, must go through the iterator together, to its end: each step
     is collective.
     """
-    held = {name: (param if value is None else value(param)).detach() for name, param in _once(chunks, parallel)}
+    merged = lora.merged(chunks)
+    taken = ((name, param) for name, param in _once(chunks, parallel) if is_adapter(name) == adapters)
+    held = {n: (merged.get(id(p), p) if value is None else value(p)).detach() for n, p in taken}
     architecture, place = chunks[0].architecture, parallel.place
     for name, owner, shape, dtype in _owners(held, parallel):
         shard = held.get(name)

@@ -30,7 +30,7 @@ def policy_loss(
         objective,
         tp_group=_split(parallel),
         vocab_size=model.architecture.vocab_size,
-        grad_weight_buffer=model.head_weight.main_grad,  # type: ignore[attr-defined]
+        grad_weight_buffer=getattr(model.head_weight, "main_grad", None),  # none where it is frozen
         reduce_grad_hidden=not parallel.layout.sp,
     )
 

@@ -11,6 +11,7 @@ from fastgrpo.config import UserError
 from fastgrpo.learner.megatron.architecture import Architecture
 
 NUM_SUGGESTIONS = 3
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GROUPED_MULTIPLE = 8
 """Of the columns in a grouped product's matrices, whose rows must lie at multiples of 16 bytes."""
 
@@ -93,6 +94,13 @@ def _misfit(layout: Layout, architecture: Architecture) -> str | None:
         return f"learner.tp={tp}: does not divide the model's {heads} attention heads"
     if kv_heads % tp and tp % kv_heads:
         return f"learner.tp={tp}: the model's {kv_heads} key/value heads can be neither cut nor replicated {tp} ways"
+    if tp > kv_heads and architecture.adapters is not None:
+        targets = [name for name in QKV if name in architecture.adapters.targets]
+        if targets not in ([], list(QKV)):
+            return (
+                f"learner.tp={tp}: beyond the model's {kv_heads} key/value heads, model.lora.target_modules needs all "
+                "of q_proj, k_proj and v_proj, or none"
+            )
     if not architecture.num_experts and architecture.ffn_size % tp:
         return f"learner.tp={tp}: does not divide the model's feed-forward size {architecture.ffn_size}"
     stages = layout.pp * layout.vpp

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.expert_balance import ExpertBalance, refuse_without_experts
 from fastgrpo.learner.host_memory import HostMemory
-from fastgrpo.learner.megatron import convert, head, parallel, sharded_checkpoint
+from fastgrpo.learner.megatron import convert, head, lora, parallel, sharded_checkpoint
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.convert import Read
 from fastgrpo.learner.megatron.cpu import megatron_on_cpu
@@ -38,6 +39,7 @@ from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.offload import Offload
 from fastgrpo.learner.optimizer import learning_rate
 from fastgrpo.learner.protocol import PendingSave
+from fastgrpo.models.lora import Adapters
 from fastgrpo.types import PackedBatch, StepResult, WeightSlice
 
 LossFunction = Callable[..., Any]
@@ -48,8 +50,10 @@ class MegatronLearner:
 
     architecture, read: what the model is and where its weights are read (convert.Read). num_updates: optimizer steps
     of the whole run, for the learning-rate schedule. reference: load the reference model, from the same weights.
+    adapters: begin with these and train nothing else; the policy without them is its own reference, and none is loaded.
 
-    Raises UserError, before any weight is read, where the layout is impossible for the model or the job's size.
+    Raises UserError, before any weight is read, where the layout is impossible for the model or the job's size, or the
+    adapters are of a kind that is not supported.
     """
 
     def __init__(
@@ -61,20 +65,27 @@ class MegatronLearner:
         *,
         num_updates: int,
         reference: bool = False,
+        adapters: Adapters | None = None,
         dtype: torch.dtype = torch.float32,
         activation_checkpoint: str = "none",
         distributed_optimizer: bool = True,
         overlap_grad_reduce: bool = False,
     ) -> None:
+        if adapters is not None:
+            architecture = replace(architecture, adapters=lora.shape_of(adapters, architecture))
+            read = lora.reading(adapters, read)
         data_parallel_size(layout, architecture, dist.get_world_size() if dist.is_initialized() else 1)
         self.config, self.num_updates, self.policy_version = config, num_updates, 0
         self.parallel = parallel.initialize(layout)
         self.ranks = self.parallel.ranks
         with megatron_on_cpu():
             self.policy = build(architecture, layout, dtype=dtype, activation_checkpoint=activation_checkpoint)
+            for chunk in self.policy if adapters is not None else []:
+                lora.add_adapters(chunk, self.parallel.place)
             convert.load(self.policy, read, self.parallel)
+            lora.merge(self.policy)
             self.reference: list[HiddenStatesModel] | None = None
-            if reference:
+            if reference and adapters is None:
                 self.reference = build(architecture, layout, dtype=dtype)
                 convert.load(self.reference, read, self.parallel)
                 for chunk in self.reference:
@@ -114,6 +125,7 @@ class MegatronLearner:
             if not skipped and sums.num_batches:
                 self.optimizer.step(rate, grad_norm)
                 self.policy_version += 1
+                lora.merge(self.policy)
         return StepResult(
             policy_version=self.policy_version,
             loss=metrics.pop("loss"),
@@ -164,7 +176,8 @@ class MegatronLearner:
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, *, temperature: float, reference: bool = False) -> Tensor:
         """See Learner.logprobs."""
-        chunks = self.reference if reference else self.policy
+        is_base = reference and self.policy[0].architecture.adapters is not None
+        chunks = self.reference if reference and not is_base else self.policy
         assert chunks is not None, "no reference model was loaded"
         if reference:  # a policy of its own, which routes by itself
             batch = replace(batch, routed_experts=None)
@@ -176,7 +189,7 @@ class MegatronLearner:
 
         for chunk in chunks:
             chunk.eval()
-        with megatron_on_cpu():
+        with megatron_on_cpu(), lora.disabled(chunks) if is_base else nullcontext():
             self._run(chunks, prepare([batch], self.parallel, self.device), keep, forward_only=True)
         if self.parallel.layout.cp > 1:
             dist.all_reduce(result, group=self.parallel.cp_group)  # every rank has filled its share
@@ -216,8 +229,13 @@ class MegatronLearner:
     # --- weights and state ------------------------------------------------------------------------------------------
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See Learner.named_weights. Full tensors on every rank; all ranks of a model must go through it together."""
+        """See Learner.named_weights; adapters are merged. Full tensors on every rank; all ranks of a model must go
+        through it together."""
         yield from convert.to_hf(self.policy, self.parallel)
+
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """See Learner.named_adapters."""
+        yield from convert.to_hf(self.policy, self.parallel, adapters=True)
 
     def weight_slices(self) -> list[WeightSlice]:
         """What this rank holds of the policy, in a Hugging Face checkpoint's terms, each once (a tied head is its
@@ -246,6 +264,7 @@ class MegatronLearner:
         """Go on from a state that any layout saved; see sharded_checkpoint.load."""
         assert not self._offload.is_out, "onload() comes before load()"
         sharded_checkpoint.load(self, directory)
+        lora.merge(self.policy)
 
     def offload(self) -> None:
         """See Learner.offload."""

@@ -60,7 +60,7 @@ def load(learner: MegatronLearner, directory: Path) -> None:
         raise UserError(f"resume={directory}: no state of a Megatron learner there")
     with megatron_on_cpu():
         wanted = _sharded(learner)
-        _refuse_what_is_missing(directory, {tensor.key for tensor in wanted.values()})
+        _refuse_what_does_not_fit(directory, {tensor.key: tensor.global_shape for tensor in wanted.values()})
         targets = {name: tensor.data for name, tensor in wanted.items()}
         loaded = dist_checkpointing.load(wanted, str(directory))
         for name, target in targets.items():
@@ -70,12 +70,20 @@ def load(learner: MegatronLearner, directory: Path) -> None:
     learner.optimizer.set_num_steps(learner.policy_version)
 
 
-def _refuse_what_is_missing(directory: Path, keys: set[str]) -> None:
-    missing = sorted(keys - set(dist_checkpointing.load_tensors_metadata(str(directory))))
+def _refuse_what_does_not_fit(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    found = {
+        key: tensor.global_shape for key, tensor in dist_checkpointing.load_tensors_metadata(str(directory)).items()
+    }
+    missing = sorted(shapes.keys() - found.keys())
     if any(key.startswith("reference.") for key in missing):
         raise UserError(f"resume={directory}: saved without a reference model; resume with algorithm.kl_coef=0")
     if missing:
         raise UserError(f"resume={directory}: {missing[0]} is not in it; resume with the model and dtype of then")
+    other = next((key for key, shape in shapes.items() if found[key] != shape), None)
+    if other is not None:
+        raise UserError(
+            f"resume={directory}: its {other} is {found[other]}, not {shapes[other]}; resume with the model of then"
+        )
 
 
 def _sharded(learner: MegatronLearner) -> dict[str, ShardedTensor]:
@@ -86,6 +94,8 @@ def _sharded(learner: MegatronLearner) -> dict[str, ShardedTensor]:
     state: dict[str, ShardedTensor] = {}
     for prefix, chunks in models.items():
         for entry in _entries(chunks, learner.parallel):
+            if prefix == "policy" and not entry.param.requires_grad:
+                continue  # beside adapters, what model.path holds
             state.update(entry.boxes_of(prefix, entry.param.detach().view(-1)))
     entry_of = {id(entry.param): entry for entry in _entries(learner.policy, learner.parallel)}
     for held in learner.optimizer.held():

@@ -29,6 +29,12 @@ _WHOLE = {  # in a layer: what every tensor-parallel rank holds the whole of
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
 }
+LINEARS = {  # in a layer: what may have adapters beside it, and the Hugging Face matrices that it holds
+    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.linear_proj": ("self_attn.o_proj",),
+    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.linear_fc2": ("mlp.down_proj",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,10 @@ def is_expert(name: str) -> bool:
     return ".mlp.experts." in name
 
 
+def is_adapter(name: str) -> bool:
+    return ".lora." in name
+
+
 def boxes_of(name: str, architecture: Architecture, place: Place) -> list[Box]:
     """What a parameter holds on one rank, by its Megatron name with layers numbered over the model."""
     tp, tp_rank = place.tp, place.tp_rank
@@ -119,6 +129,9 @@ def boxes_of(name: str, architecture: Architecture, place: Place) -> list[Box]:
         return [Box(name=f"{prefix}mlp.gate.weight", full_shape=shape, start=(0, 0), shape=shape)]
     if is_expert(name):
         return _experts(prefix, part, architecture, place)
+    if is_adapter(name):
+        linear, _ = name.split(".lora.")
+        return _adapters(prefix, part, architecture, boxes_of(f"{linear}.weight", architecture, place))
     assert part in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"), name
     kind = part.rsplit(".", 1)[1]
     return [
@@ -190,6 +203,34 @@ def _experts(prefix: str, part: str, architecture: Architecture, place: Place) -
             row = (2 * local + i) * ffn // tp
             boxes.append(_rows(f"{name}.{kind}.weight", ffn, hidden, tp, tp_rank, row=row))
     return boxes
+
+
+def _adapters(prefix: str, part: str, architecture: Architecture, weight: list[Box]) -> list[Box]:
+    """(n r, columns) the A's, or (rows, r) the B's, of a linear's n matrices with adapters, of which `weight` are the
+    boxes. A takes the linear's input, so that a rank has all of them, though it may hold no row of some."""
+    assert architecture.adapters is not None
+    rank, targets = architecture.adapters.rank, architecture.adapters.targets
+    linear, kind = part.split(".lora.")
+    if kind == "A":
+        (_, first), (_, columns), (_, total) = weight[0].start, weight[0].shape, weight[0].full_shape
+        names = [f"{prefix}{matrix}.lora_A.weight" for matrix in LINEARS[linear] if matrix in targets]
+        return [
+            Box(name=name, full_shape=(rank, total), start=(0, first), shape=(rank, columns), row=i * rank)
+            for i, name in enumerate(names)
+        ]
+    boxes, row = [], 0
+    for box in weight:
+        if matrix_of(box.name) in targets:
+            name = box.name.replace(".weight", ".lora_B.weight")
+            (rows, _), (start, _), (total, _) = box.shape, box.start, box.full_shape
+            boxes.append(Box(name=name, full_shape=(total, rank), start=(start, 0), shape=(rows, rank), row=row))
+            row += rows
+    return boxes
+
+
+def matrix_of(name: str) -> str:
+    """Which of its layer's matrices a tensor belongs to: model.layers.0.mlp.up_proj.lora_B.weight to mlp.up_proj."""
+    return ".".join(name.split(".")[3:5])
 
 
 def _vocabulary(name: str, architecture: Architecture, tp: int, tp_rank: int) -> Box:

@@ -143,7 +143,8 @@ def gradients(learner: MegatronLearner, batches, objective: Objective = OBJECTIV
         for ranks, bucket in ((g.intra_distributed_optimizer_instance_group, b) for g in groups for b in g.buckets):
             parts = list(bucket.grad_data.chunk(ranks.size()))
             dist.all_gather(parts, parts[ranks.rank()].clone(), group=ranks)
-    whole = convert.to_hf(learner.policy, learner.parallel, value=lambda param: param.main_grad)
+    adapters = learner.policy[0].architecture.adapters is not None
+    whole = convert.to_hf(learner.policy, learner.parallel, lambda param: param.main_grad, adapters=adapters)
     return {name: gradient.clone() for name, gradient in whole}
 
 
@@ -384,10 +385,26 @@ def head_collectives(_: Path) -> dict[str, Any]:
     return seen
 
 
+def adapters(directory: Path) -> Any:
+    """What adapters.py has for so many processes; it looks at learners through this module."""
+    import adapters
+
+    return adapters.run_all(directory) if dist.get_world_size() > 1 else adapters.run_alone(directory)
+
+
 EXTRAS = {
     2: {"head_collectives": head_collectives, "sequence_ratios": sequence_ratios, "pending_save": pending_save},
-    1: {"bfloat16": bfloat16, "odd_checkpoints": odd_checkpoints, "kept_activations": kept_activations},
-    4: {"reshard": partial(reshard, RESHARDED), "reshard_experts": partial(reshard, RESHARDED_EXPERTS)},
+    1: {
+        "adapters": adapters,
+        "bfloat16": bfloat16,
+        "odd_checkpoints": odd_checkpoints,
+        "kept_activations": kept_activations,
+    },
+    4: {
+        "adapters": adapters,
+        "reshard": partial(reshard, RESHARDED),
+        "reshard_experts": partial(reshard, RESHARDED_EXPERTS),
+    },
 }
 
 

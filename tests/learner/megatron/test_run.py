@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from builders import save_tiny_model, small_run
+from safetensors.torch import load_file
 
+from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
+from fastgrpo.run import run
 
 
 def torchrun(directory: Path, *command: str) -> subprocess.CompletedProcess:
@@ -79,3 +83,22 @@ def test_one_rank_finds_a_flipped_byte_and_one_with_a_full_disk_ends_the_job_in_
     assert len(lines) == 1, job.stderr[-4000:]
     assert lines[0].startswith("fastgrpo: checkpoint of step 2 cannot be written to run/checkpoints: rank 1: ")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_fresh_adapters_train_as_in_a_run_of_the_torch_learner(workplace):
+    """From the same seed, merged for the sampler after every update, with the base as the reference."""
+    model = save_tiny_model(workplace / "model", "qwen3")
+    options = ["model.lora.rank=4", "train.learning_rate=0.02", "algorithm.kl_coef=0.05", "run.console=none"]
+    config, text = compose("train", with_shorthands(small_run(model, *options, "run.dir=torch")))
+    assert run(config, text) is None
+    cut = small_run(model, *options, "learner=megatron", "learner.tp=2")
+    job = torchrun(workplace, "-m", "fastgrpo", "train", *cut)
+    assert job.returncode == 0, job.stderr[-4000:]
+    rows, expected = (read_jsonl(workplace / name / "metrics.jsonl") for name in ("run", "torch"))
+    for got, wanted in zip(rows, expected, strict=True):
+        for name in {"reward/mean", "loss", "grad_norm", "kl", "eval/accuracy"} & wanted.keys():
+            assert got[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
+    mine, theirs = (load_file(workplace / name / "hf" / "adapter_model.safetensors") for name in ("run", "torch"))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, atol=1e-4, rtol=0)
