@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fastgrpo import parcel
+
 T = TypeVar("T")
 
 
@@ -62,13 +64,18 @@ class Ranks:
         """
         if self.num_ranks == 1:
             return [part]
-        leaders = self.everyone(self.data_rank if self.leads else None)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        mine = parcel.pack(part) if self.leads else torch.empty(0, dtype=torch.uint8)
+        leaders = sorted(
+            (data_rank, rank, size)
+            for rank, (leads, data_rank, size) in enumerate(self.everyone((self.leads, self.data_rank, len(mine))))
+            if leads
+        )
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         parts = []
-        for data_rank in range(self.num_data_ranks):
-            box = [part]
-            dist.broadcast_object_list(box, src=leaders.index(data_rank), device=device)
-            parts += box
+        for _, rank, size in leaders:
+            message = mine.to(device) if rank == self.rank else torch.empty(size, dtype=torch.uint8, device=device)
+            dist.broadcast(message, src=rank)
+            parts.append(parcel.unpack(message.cpu()))
         return parts
 
     def any_of(self, value: T | None) -> T | None:
