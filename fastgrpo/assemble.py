@@ -130,8 +130,7 @@ def assemble(
         ledger = Ledger(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
         mode = config.run.console if ranks.is_main else "none"
         console = Console(mode, num_steps=config.train.num_steps, activity=lambda: ledger.part)
-        checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep, ranks=ranks)
-        stack.callback(checkpoints.close)
+        checkpoints = stack.enter_context(Checkpoints(run_dir, keep=config.checkpoint.keep, ranks=ranks))
         checkpoint = find_checkpoint(config, checkpoints, console.message)
         # What is quick to find wrong comes first: functions, then data, then weights.
         rewards = stack.enter_context(Rewards(config.reward, reward))

@@ -10,14 +10,16 @@ made, named and removed by the main rank alone.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastgrpo.config import UserError
 from fastgrpo.learner.protocol import PendingSave
@@ -25,8 +27,7 @@ from fastgrpo.manifest import Fingerprint, find_problem, flush, seal, write_file
 from fastgrpo.ranks import Ranks
 
 PARTIAL = ".partial-"
-NUM_WRITERS = 2
-"""Files that a rank writes side by side."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,15 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, *, keep: int, ranks: Ranks | None = None) -> None:
         self.directory, self.keep, self.ranks = run_dir / "checkpoints", keep, ranks or Ranks()
-        self._writers = ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let no thread outlive the run, unless a second Ctrl-C wants it to end at once."""
+        if self._pending is not None and kind is not KeyboardInterrupt:
+            wait(self._pending.files.values())
 
     def save(self, step: int, begin_save: BeginSave, run: dict[str, Any], *, background: bool = False) -> None:
         """Write a checkpoint beside the others; `publish` makes it count.
@@ -80,7 +88,7 @@ class Checkpoints:
             self.ranks.barrier()
             save = begin_save(partial / "learner", copy=background)
         files = {
-            str(path.relative_to(partial)): self._writers.submit(write_file, path, write)
+            str(path.relative_to(partial)): _in_thread(functools.partial(write_file, path, write))
             for path, write in save.files.items()
         }
         self._pending = _Pending(step=step, path=partial, files=files, finish=save.finish)
@@ -111,10 +119,6 @@ class Checkpoints:
             if self.ranks.is_main:
                 seal(pending.path, pending.step, {name: found for part in whole for name, found in part.items()})
                 self._name(pending.path)
-
-    def close(self) -> None:
-        """Let no thread outlive a run that has failed."""
-        self._writers.shutdown(cancel_futures=True)
 
     def newest(self, notify: Callable[[str], object]) -> Checkpoint | None:
         """The newest whole checkpoint; `notify` hears the name of each broken one that is skipped."""
@@ -177,6 +181,20 @@ class _Pending:
             return {name: file.result() for name, file in self.files.items()}
         except (OSError, RuntimeError) as error:
             return f"rank {ranks.rank}: {error}" if ranks.num_ranks > 1 else str(error)
+
+
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """What the work returns or raises, in time; its thread does not keep an interrupted process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def open_checkpoint(path: Path, ranks: Ranks) -> Checkpoint:

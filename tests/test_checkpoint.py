@@ -154,3 +154,25 @@ def test_a_rank_that_cannot_write_ends_all_of_them_with_one_line(background, tmp
     }
     assert names(tmp_path) == ["step-000003"]
     assert Checkpoints(tmp_path, keep=2).newest(pytest.fail).step == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_only_a_second_ctrl_c_leaves_a_writer_behind(tmp_path, error):
+    """And then without keeping the process alive."""
+    released = threading.Event()
+    writers = []
+
+    def end(directory):
+        with Checkpoints(directory, keep=2) as checkpoints:
+            checkpoints.save(1, partial(begin_save, rank=0, held=released), {}, background=True)
+            writers.extend(thread for thread in threading.enumerate() if thread.name == "checkpoint")
+            if error is ValueError:
+                threading.Timer(0.2, released.set).start()
+            raise error
+
+    with pytest.raises(error):
+        end(tmp_path)
+    assert len(writers) == len(SIZES[0])
+    assert all(thread.daemon for thread in writers)
+    assert all(thread.is_alive() == (error is KeyboardInterrupt) for thread in writers)
+    released.set()

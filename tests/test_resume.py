@@ -187,7 +187,7 @@ def test_a_stop_waits_for_the_checkpoint_in_the_background(workplace, tiny_qwen2
 def test_a_failure_of_the_loop_leaves_no_half_checkpoint_behind(workplace, tiny_qwen2):
     install = partial(
         both,
-        partial(hold_saving, 2, "fastgrpo.checkpoint:Checkpoints.close", 1),
+        partial(hold_saving, 2, "fastgrpo.checkpoint:Checkpoints.__exit__", 1),
         partial(fail_at, "fastgrpo.trainer:improve", 5),
     )
     ended = fastgrpo(*settings(tiny_qwen2, "checkpoint.background=true"), install=install)
