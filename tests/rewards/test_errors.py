@@ -115,13 +115,14 @@ def test_fail_names_the_group_of_a_group_function(group, decode, reward_file):
 def test_zero_and_drop_touch_only_what_failed(group, decode, reward_file, source, num_workers, errors, timeouts):
     path = reward_file(source)
     counts = {"reward/error_count": errors, "reward/timeout_count": timeouts}
+    limit = {} if timeouts else {"timeout_s": 60.0}  # a busy machine takes its time to see that a worker died
     started = time.monotonic()
-    with rewards(path, num_workers=num_workers, on_error="zero") as scorer:
+    with rewards(path, num_workers=num_workers, on_error="zero", **limit) as scorer:
         for _ in range(2):  # the pool is as good as new afterwards
             result = scorer.score(groups(group), decode)
             assert [scored.rewards.tolist() for scored in result.groups] == [[1, 0, 1], [1, 1, 1]]
             assert result.metrics == {**counts, "reward/dropped_groups": 0}
-    with rewards(path, num_workers=num_workers, on_error="drop") as scorer:
+    with rewards(path, num_workers=num_workers, on_error="drop", **limit) as scorer:
         result = scorer.score(groups(group), decode)
         assert [scored.group.prompt.prompt_id for scored in result.groups] == ["train/1"]
         assert result.metrics == {**counts, "reward/dropped_groups": 1}
