@@ -31,8 +31,8 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models.decoder import CausalLM
 from fastgrpo.models.hf import prepare
+from fastgrpo.models.shape import Shape
 from fastgrpo.phases import Phases, held_bytes
-from fastgrpo.plan import Shape
 from fastgrpo.sampler.vllm.engine import EngineSettings
 from fastgrpo.sampler.vllm.sampler import VLLMSampler
 from fastgrpo.types import PackedBatch, Prompt, RolloutGroup, SamplingParams

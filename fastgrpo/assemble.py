@@ -28,6 +28,8 @@ from fastgrpo.learners import (
 )
 from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, tiny
+from fastgrpo.models.shape import Shape
+from fastgrpo.models.stages import stages_of
 from fastgrpo.parts import Run
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import device_memory, make_plan
@@ -179,7 +181,9 @@ def assemble(
         assert contract is not None  # the main rank samples
         check_contract(contract, objective)
         described = describe(model, device)
-        console.banner(config.run.name, batch_algebra(config, prompts, learner.ranks.num_ranks, described))
+        console.banner(
+            config.run.name, batch_algebra(config, prompts, learner.ranks.num_ranks, described, model.config)
+        )
         stack.enter_context(console)
         yield Run(
             config=config,
@@ -253,7 +257,9 @@ def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling
     )
 
 
-def batch_algebra(config: Config, prompts: PromptSets, num_ranks: int, model: str) -> list[tuple[str, str]]:
+def batch_algebra(
+    config: Config, prompts: PromptSets, num_ranks: int, model: str, model_config: Any
+) -> list[tuple[str, str]]:
     """What a step does, in numbers; `model` is its description."""
     train, group_size = config.train, config.algorithm.group_size
     sequences = train.prompts_per_step * group_size
@@ -276,4 +282,7 @@ def batch_algebra(config: Config, prompts: PromptSets, num_ranks: int, model: st
         cut = f"tp={learner.tp} x pp={learner.pp}" + (f" x cp={learner.cp}" if learner.cp > 1 else "")
         cut += f" x {copies} data parallel" + (f", experts over ep={learner.ep}" if learner.ep > 1 else "")
         lines.insert(1, ("ranks", f"{num_ranks} = {cut}; {sequences / copies:g} sequences each"))
+        if learner.pp > 1:
+            stages = " + ".join(map(str, stages_of(learner, Shape.of(model_config))))
+            lines.insert(2, ("stages", f"{stages} layers, the last with the head"))
     return lines

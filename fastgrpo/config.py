@@ -285,6 +285,9 @@ class LearnerConfig:
     """megatron: stages of consecutive layers (pipeline parallel); ranks beyond tp x cp x pp are data parallel."""
     vpp: int = 1
     """megatron: virtual stages on each pipeline rank."""
+    stage_layers: list[int] | None = None
+    """megatron: layers of each stage (of pp x vpp, in the model's order); null deals them out so that the stages take
+    equally long, the head counted with the last."""
     sp: bool = False
     """megatron: cut norms and residuals along the tokens too (sequence parallel)."""
     cp: int = 1

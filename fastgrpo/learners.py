@@ -160,7 +160,16 @@ def _layout(config: Config) -> Any:
     from fastgrpo.learner.megatron.layout import Layout
 
     learner = config.learner
-    return Layout(tp=learner.tp, pp=learner.pp, vpp=learner.vpp, sp=learner.sp, cp=learner.cp, ep=learner.ep)
+    stage_layers = None if learner.stage_layers is None else tuple(learner.stage_layers)
+    return Layout(
+        tp=learner.tp,
+        pp=learner.pp,
+        vpp=learner.vpp,
+        sp=learner.sp,
+        cp=learner.cp,
+        ep=learner.ep,
+        stage_layers=stage_layers,
+    )
 
 
 def model_directory(config: Config) -> str:

@@ -3,8 +3,6 @@
 Parameters are counted exactly; what follows from them (gradients, optimizer) is exact too. Activations are the tensors
 that autograd saves in a decoder layer, counted term by term in `activation_bytes_per_token` and checked against the
 real thing by tests/test_plan.py.
-
-Letters: H hidden, F feed-forward size, A / C query / key heads, D head size, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -16,106 +14,14 @@ import torch
 
 from fastgrpo.config import Config, UserError
 from fastgrpo.models import lora
-from fastgrpo.models.storage import FUSED, VOCAB_MULTIPLE
+from fastgrpo.models.shape import Shape
+from fastgrpo.models.stages import stages_of
+from fastgrpo.models.storage import FUSED
 
 RESERVED_SHARE = 0.08
 """Of a GPU, for CUDA's context, the allocator's fragments and captured graphs."""
-KV_BLOCK = 128
-"""Tokens; no block of a sampler's cache is larger."""
 LOSS_HEAD_SHARE = 1 / 128
 """kernels/chunks.py gives a tile of logits this share of a GPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A decoder's dimensions. Example, Qwen3-0.6B: Shape(num_layers=28, hidden_size=1024, ffn_size=3072, num_heads=16,
-    num_kv_heads=8, head_size=128, vocab_size=151936, tied=True, qkv_bias=False, qk_norm=True)"""
-
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    """Of one expert where there are any."""
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    vocab_size: int
-    tied: bool
-    qkv_bias: bool
-    qk_norm: bool
-    num_experts: int = 0
-    experts_per_token: int = 1
-
-    @classmethod
-    def of(cls, config: Any) -> Shape:
-        """From a transformers configuration."""
-        num_experts = getattr(config, "num_experts", None) or 0
-        return cls(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            ffn_size=config.moe_intermediate_size if num_experts else config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            tied=config.tie_word_embeddings,
-            qkv_bias=config.model_type == "qwen2",
-            qk_norm=config.model_type.startswith("qwen3"),
-            num_experts=num_experts,
-            experts_per_token=config.num_experts_per_tok if num_experts else 1,
-        )
-
-    def num_layer_parameters(self, tp: int = 1, ep: int = 1) -> int:
-        """One layer's parameters on one rank."""
-        heads, width = self.num_heads + 2 * max(self.num_kv_heads, tp), self.head_size
-        qkv, out = heads * width * (self.hidden_size + self.qkv_bias), self.num_heads * width * self.hidden_size
-        attention = (qkv + out) // tp
-        norms = 2 * self.hidden_size + 2 * width * self.qk_norm
-        ffn = 3 * self.hidden_size * self.ffn_size // tp
-        if self.num_experts:
-            ffn = ffn * self.num_experts // ep + self.hidden_size * self.num_experts
-        return attention + norms + ffn
-
-    def num_vocabulary_parameters(self, tp: int = 1) -> int:
-        """The embedding's, or the head's, on one rank."""
-        rows = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tp > 1 else self.vocab_size
-        return rows * self.hidden_size // tp
-
-    def num_parameters(self, tp: int = 1, pp: int = 1, ep: int = 1) -> int:
-        """The parameters of the rank that holds most."""
-        layers = -(-self.num_layers // pp) * self.num_layer_parameters(tp, ep)
-        vocabulary = self.num_vocabulary_parameters(tp)
-        if pp > 1:  # the last stage: its layers, the final norm and the head
-            return layers + vocabulary + self.hidden_size
-        return layers + vocabulary * (1 if self.tied else 2) + self.hidden_size
-
-    def activation_bytes_per_token(
-        self, size: int, tp: int = 1, *, sp: bool = False, megatron: bool = False, selective: bool = False
-    ) -> int:
-        """What autograd keeps of one token in one layer; `size` is the bytes of an element.
-
-        A norm keeps its input and the float32 factor of each row; a product its input; attention q, k, v, its output
-        and a float32 a head; silu(gate) * up its two inputs. Megatron's norms keep a float32 copy of their input too,
-        and its SwiGLU, like that of experts, silu(gate). arXiv 2205.05198 counts GPT's layers the same way.
-
-        selective: feed-forwards are computed again, so that all that is kept of them is their input.
-        """
-        heads = self.num_heads + 2 * self.num_kv_heads
-        wide = 4 if megatron else 0
-        norms = 2 * ((wide + size) * self.hidden_size + 4) // (tp if sp else 1)
-        inputs = 2 * size * self.hidden_size // (tp if sp else 1)
-        attention = ((heads + self.num_heads) * self.head_size * size + 4 * self.num_heads) // tp
-        qk_norms = ((wide + size) * heads * self.head_size + 4 * heads) * self.qk_norm // tp
-        factors = 4 if megatron or self.num_experts else 3
-        ffn = 0 if selective else factors * self.ffn_size * self.experts_per_token * size // tp
-        return norms + inputs + attention + qk_norms + ffn
-
-    def kv_bytes_per_token(self, size: int, tp: int = 1) -> int:
-        """Keys and values of one token in all layers."""
-        return 2 * self.num_layers * max(1, self.num_kv_heads // tp) * self.head_size * size
-
-    def kv_cache_bytes(self, num_sequences: int, length: int, size: int, tp: int = 1) -> int:
-        """Room for so many sequences of `length` tokens at once, in whole blocks."""
-        return num_sequences * -(-length // KV_BLOCK) * KV_BLOCK * self.kv_bytes_per_token(size, tp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,13 +89,16 @@ def make_plan(
     """
     shape, learner, sampler = Shape.of(model_config), config.learner, config.sampler
     size = 4 if config.cluster.dtype == "float32" or (config.cluster.dtype == "auto" and not on_gpu) else 2
-    num_parameters = shape.num_parameters(learner.tp, learner.pp, learner.ep)
+    virtual = stages_of(learner, shape)
+    stages = [sum(virtual[stage :: learner.pp]) for stage in range(learner.pp)]
+    layers = max(stages)
+    num_parameters = shape.num_parameters(learner.tp, stages, learner.ep)
     adapted = config.model.lora.enabled
     trained, size_trained, merged = num_parameters, size, 0
     if adapted:
         rank, targets = lora.rank_and_targets(config.model.lora)
-        trained, size_trained = num_adapter_parameters(shape, rank, targets, learner.tp, learner.pp), 4
-        merged = _num_merged(shape, targets, learner.tp, learner.pp)
+        trained, size_trained = num_adapter_parameters(shape, rank, targets, learner.tp, layers), 4
+        merged = _num_merged(shape, targets, learner.tp, layers)
     is_megatron = learner.kind == "megatron"
     per_token = shape.activation_bytes_per_token(
         size,
@@ -198,7 +107,6 @@ def make_plan(
         megatron=is_megatron,
         selective=learner.activation_checkpoint == "selective",
     )
-    layers = -(-shape.num_layers // learner.pp)
     every_input = layers * shape.hidden_size * size
     kept = every_input + per_token if learner.activation_checkpoint == "full" else layers * per_token
     tokens = -(-learner.max_tokens_per_microbatch // learner.cp) * learner.pp
@@ -231,18 +139,18 @@ def _num_unshared(config: Config, shape: Shape, merged: int) -> int:
     return merged + (0 if matching else shape.num_parameters(sampler.tp))
 
 
-def num_adapter_parameters(shape: Shape, rank: int, targets: list[str], tp: int = 1, pp: int = 1) -> int:
-    """Those of the adapters on one rank: of a matrix's two sides, the one that is not H is cut over tp."""
+def num_adapter_parameters(shape: Shape, rank: int, targets: list[str], tp: int, num_layers: int) -> int:
+    """Those of the adapters on a rank of num_layers: of a matrix's two sides, the one that is not H is cut over tp."""
     cut = _matrix_sides(shape)
-    return -(-shape.num_layers // pp) * rank * sum(shape.hidden_size + cut[n] // tp for n in targets if n in cut)
+    return num_layers * rank * sum(shape.hidden_size + cut[n] // tp for n in targets if n in cut)
 
 
-def _num_merged(shape: Shape, targets: list[str], tp: int, pp: int) -> int:
-    """Those of the layers' products, q/k/v and gate/up together, in which a matrix has adapters, on one rank."""
+def _num_merged(shape: Shape, targets: list[str], tp: int, num_layers: int) -> int:
+    """Those of the layers' products, q/k/v and gate/up together, in which a matrix has adapters, on a rank."""
     products = [names for names in (*FUSED, ("o_proj",), ("down_proj",)) if not set(names).isdisjoint(targets)]
     cut = _matrix_sides(shape)
     rows = sum(cut[name] for names in products for name in names)
-    return -(-shape.num_layers // pp) * rows * shape.hidden_size // tp
+    return num_layers * rows * shape.hidden_size // tp
 
 
 def _matrix_sides(shape: Shape) -> dict[str, int]:

@@ -95,7 +95,8 @@ def plan_only(config: Config) -> tuple[Plan, str]:
     validate(config, num_ranks)
     from fastgrpo.assemble import batch_algebra, load_data
     from fastgrpo.learners import check_layout, config_of_model
-    from fastgrpo.plan import Shape, device_to_plan_for, make_plan, table
+    from fastgrpo.models.shape import Shape
+    from fastgrpo.plan import device_to_plan_for, make_plan, table
 
     tokenizer, prompts = load_data(config)
     model_config = config_of_model(config, tokenizer)
@@ -110,7 +111,7 @@ def plan_only(config: Config) -> tuple[Plan, str]:
         num_ranks=num_ranks,
     )
     model = f"{model_config.model_type}, {Shape.of(model_config).num_parameters() / 1e6:.1f}M parameters"
-    lines = batch_algebra(config, prompts, num_ranks, model)
+    lines = batch_algebra(config, prompts, num_ranks, model, model_config)
     algebra = "\n".join(f"{label:<14}{value}" for label, value in lines)
     return plan, f"{algebra}\n\n{table(plan)}"
 

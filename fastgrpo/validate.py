@@ -198,7 +198,7 @@ def _layout(config: Config, num_ranks: int) -> None:
     learner = config.learner
     if learner.kind != "torch":
         return
-    for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False), ("cp", 1), ("ep", 1)):
+    for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False), ("cp", 1), ("ep", 1), ("stage_layers", None)):
         if getattr(learner, key) != plain:
             refuse(f"learner.{key}", getattr(learner, key), "learner=torch is one process; use learner=megatron")
     if num_ranks > 1:

@@ -13,7 +13,8 @@ from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.decoder import hidden_states
 from fastgrpo.models.hf import prepare
 from fastgrpo.models.lora import add_adapters
-from fastgrpo.plan import Plan, Shape, advice, device_memory, device_to_plan_for, make_plan, table
+from fastgrpo.models.shape import Shape
+from fastgrpo.plan import Plan, advice, device_memory, device_to_plan_for, make_plan, table
 from fastgrpo.run import plan_only
 
 NUM_TOKENS = 256

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import UserError
+from fastgrpo.models.shape import Shape
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # A shard of the vocabulary is a multiple of 64 rows / TP: aligned for the head's GEMM, and vLLM's own padding.
@@ -63,6 +64,8 @@ class Architecture:
     """A token's chosen experts' probabilities are scaled to sum to 1."""
     rope_scale: float = 1.0
     """Cosine and sine are multiplied by it (yarn), which multiplies every attention score by its square."""
+    head_in_layers: float = 0.0
+    """The head's time over a layer's."""
     adapters: AdapterShape | None = None
     """What is trained in place of the weights."""
 
@@ -88,6 +91,7 @@ class Architecture:
             qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
             inv_freq=inv_freq,
             rope_scale=rope_scale,
+            head_in_layers=Shape.of(config).head_in_layers,
             **_experts(config),
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from fastgrpo.config import UserError
 from fastgrpo.learner.megatron.architecture import Architecture
+from fastgrpo.models.stages import balanced_stages
 
 NUM_SUGGESTIONS = 3
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -36,6 +37,8 @@ class Layout:
     ep: int = 1
     """Expert parallel: a layer's experts are dealt over this many of a stage's ranks, whole. They are the ranks of
     tensor and data parallelism, so it takes no further ones. At 1, experts are cut over tp as other matrices are."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each (virtual) stage, in the model's order; None deals them out by time."""
 
     @property
     def num_model_ranks(self) -> int:
@@ -46,6 +49,11 @@ class Layout:
     def expert_tp(self) -> int:
         """Ranks over which one expert's matrices are cut: as vLLM does with its expert parallelism off and on."""
         return self.tp if self.ep == 1 else 1
+
+    def stages(self, architecture: Architecture) -> tuple[int, ...]:
+        """The layers of each (virtual) stage, in the model's order."""
+        num_stages = self.pp * self.vpp
+        return self.stage_layers or balanced_stages(architecture.num_layers, architecture.head_in_layers, num_stages)
 
     def __str__(self) -> str:
         parts = [f"tp={self.tp}", f"pp={self.pp}"]
@@ -103,10 +111,19 @@ def _misfit(layout: Layout, architecture: Architecture) -> str | None:
             )
     if not architecture.num_experts and architecture.ffn_size % tp:
         return f"learner.tp={tp}: does not divide the model's feed-forward size {architecture.ffn_size}"
-    stages = layout.pp * layout.vpp
-    if architecture.num_layers % stages:
-        name = f"learner.pp={layout.pp}" + (f" x learner.vpp={layout.vpp}" if layout.vpp > 1 else "")
-        return f"{name}: does not divide the model's {architecture.num_layers} layers"
+    return _stage_misfit(layout, architecture)
+
+
+def _stage_misfit(layout: Layout, architecture: Architecture) -> str | None:
+    num_stages, num_layers, asked = layout.pp * layout.vpp, architecture.num_layers, layout.stage_layers
+    name = f"learner.pp={layout.pp}" + (f" x learner.vpp={layout.vpp}" if layout.vpp > 1 else "")
+    if num_stages > num_layers:
+        return f"{name}: more stages than the model's {num_layers} layers"
+    if asked is not None and (len(asked) != num_stages or sum(asked) != num_layers or min(asked) < 1):
+        return (
+            f"learner.stage_layers={list(asked)}: {name} takes {num_stages} numbers above 0 that add up to the model's "
+            f"{num_layers} layers"
+        )
     return None
 
 
@@ -156,7 +173,7 @@ def _possible(layout: Layout, architecture: Architecture, world_size: int) -> It
     for tp, pp, cp, ep in itertools.product(sizes, sizes, cps, eps if layout.ep > 1 else [1]):
         sp = tp > 1 and (layout.sp or architecture.num_experts > 0)
         for vpp in (max(1, layout.vpp) if pp > 1 else 1, 1):
-            candidate = replace(layout, tp=tp, pp=pp, vpp=vpp, sp=sp, cp=cp, ep=ep)
+            candidate = replace(layout, tp=tp, pp=pp, vpp=vpp, sp=sp, cp=cp, ep=ep, stage_layers=None)
             if _problem(candidate, architecture, world_size) is None:
                 yield candidate
                 break

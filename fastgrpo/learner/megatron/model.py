@@ -181,6 +181,7 @@ def _transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_model_parallel_layout=_stages(layout.stages(architecture)) if layout.pp > 1 else None,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
         params_dtype=dtype,
@@ -209,6 +210,12 @@ def _transformer_config(
         **RECOMPUTED[activation_checkpoint],
         **_expert_config(architecture, layout),
     )
+
+
+def _stages(num_layers: tuple[int, ...]) -> list[list[str]]:
+    """What is on each stage, in Megatron's words."""
+    stages = [["decoder"] * count for count in num_layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 RECOMPUTED: dict[str, dict[str, Any]] = {

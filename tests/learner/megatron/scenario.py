@@ -76,7 +76,7 @@ CASES = (
     Case(processes=2, layout=Layout(tp=2, sp=True), model="qwen2-tied", activation_checkpoint="selective"),
     Case(processes=2, layout=Layout(pp=2)),
     Case(processes=2, layout=Layout(pp=2), model="qwen2-tied"),
-    Case(processes=2, layout=Layout(pp=2), model="llama", activation_checkpoint="full"),
+    Case(processes=2, layout=Layout(pp=2, stage_layers=(1, 3)), model="llama", activation_checkpoint="full"),
     Case(processes=2, layout=Layout(pp=2, vpp=2)),
     Case(processes=2, layout=Layout()),
     Case(processes=2, layout=Layout(ep=2), model="qwen3_moe"),

@@ -62,25 +62,36 @@ def test_possible_layouts(layout, world_size, data_parallel):
             Layout(tp=3),
             6,
             "learner.tp=3: does not divide the model's 16 attention heads; "
-            "possible with 6 processes: [tp=2 pp=1], [tp=1 pp=2], [tp=1 pp=1]",
+            "possible with 6 processes: [tp=1 pp=3], [tp=2 pp=1], [tp=1 pp=2]",
         ),
         (
-            Layout(tp=2, pp=3),
-            6,
-            "learner.pp=3: does not divide the model's 28 layers; "
-            "possible with 6 processes: [tp=2 pp=1], [tp=1 pp=2], [tp=1 pp=1]",
+            Layout(pp=29),
+            29,
+            "learner.pp=29: more stages than the model's 28 layers; possible with 29 processes: [tp=1 pp=1]",
         ),
         (
             Layout(tp=2, pp=4),
             12,
             "learner.tp=2 x learner.pp=4 = 8 ranks a model: does not divide the 12 processes of this run; "
-            "possible with 12 processes: [tp=2 pp=2], [tp=1 pp=4], [tp=4 pp=1]",
+            "possible with 12 processes: [tp=2 pp=3], [tp=1 pp=6], [tp=2 pp=6]",
         ),
         (
-            Layout(pp=4, vpp=3),
+            Layout(pp=4, vpp=8),
             4,
-            "learner.pp=4 x learner.vpp=3: does not divide the model's 28 layers; "
-            "possible with 4 processes: [tp=1 pp=4], [tp=2 pp=2], [tp=4 pp=1]",
+            "learner.pp=4 x learner.vpp=8: more stages than the model's 28 layers; "
+            "possible with 4 processes: [tp=1 pp=4], [tp=2 pp=2 vpp=8], [tp=4 pp=1]",
+        ),
+        (
+            Layout(pp=2, stage_layers=(14, 15)),
+            2,
+            "learner.stage_layers=[14, 15]: learner.pp=2 takes 2 numbers above 0 that add up to the model's 28 layers; "
+            "possible with 2 processes: [tp=1 pp=2], [tp=2 pp=1], [tp=1 pp=1]",
+        ),
+        (
+            Layout(pp=2, vpp=2, stage_layers=(14, 14)),
+            2,
+            "learner.stage_layers=[14, 14]: learner.pp=2 x learner.vpp=2 takes 4 numbers above 0 that add up to the "
+            "model's 28 layers; possible with 2 processes: [tp=1 pp=2 vpp=2], [tp=2 pp=1], [tp=1 pp=1]",
         ),
         (
             Layout(sp=True),

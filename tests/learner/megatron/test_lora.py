@@ -15,7 +15,8 @@ from fastgrpo.learner.megatron.architecture import AdapterShape, Architecture
 from fastgrpo.learner.megatron.layout import Layout, data_parallel_size
 from fastgrpo.learner.megatron.lora import shape_of
 from fastgrpo.models.lora import add_to_skeleton
-from fastgrpo.plan import Shape, num_adapter_parameters
+from fastgrpo.models.shape import Shape
+from fastgrpo.plan import num_adapter_parameters
 
 NUMBERS = range(len(ADAPTED))
 each_layout = pytest.mark.parametrize("number", NUMBERS, ids=lambda i: f"{i}-{ADAPTED[i].name}".replace(" ", "-"))
@@ -73,8 +74,9 @@ def test_the_adapters_alone_are_trained_and_saved_as_many_as_planned(number, ada
     case, (actual, _) = ADAPTED[number], adapted(number)
     assert actual["saved"] == ["lora_A", "lora_B"]
     if case.layout.num_model_ranks == case.processes and case.layout.cp == 1:  # else ranks share the state
-        shape, layout = Shape.of(model_of(case.model).config), case.layout
-        planned = num_adapter_parameters(shape, 3, list(TARGETS[case.model]), layout.tp, layout.pp)
+        config, layout = model_of(case.model).config, case.layout
+        num_layers = sum(layout.stages(Architecture.of(config))[:: layout.pp])  # of the first stage's ranks
+        planned = num_adapter_parameters(Shape.of(config), 3, list(TARGETS[case.model]), layout.tp, num_layers)
         assert actual["trained"] == planned
 
 

@@ -1,0 +1,114 @@
+"""A decoder's dimensions, and what follows from them: parameters, bytes, and how long its parts take.
+
+Letters: H hidden, F feed-forward size, A / C query / key heads, D head size, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastgrpo.models.storage import VOCAB_MULTIPLE
+
+KV_BLOCK = 128
+"""Tokens; no block of a sampler's cache is larger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder's dimensions. Example, Qwen3-0.6B: Shape(num_layers=28, hidden_size=1024, ffn_size=3072, num_heads=16,
+    num_kv_heads=8, head_size=128, vocab_size=151936, tied=True, qkv_bias=False, qk_norm=True)"""
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    """Of one expert where there are any."""
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocab_size: int
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+    num_experts: int = 0
+    experts_per_token: int = 1
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """From a transformers configuration."""
+        num_experts = getattr(config, "num_experts", None) or 0
+        return cls(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            ffn_size=config.moe_intermediate_size if num_experts else config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            qkv_bias=config.model_type == "qwen2",
+            qk_norm=config.model_type.startswith("qwen3"),
+            num_experts=num_experts,
+            experts_per_token=config.num_experts_per_tok if num_experts else 1,
+        )
+
+    def num_layer_parameters(self, tp: int = 1, ep: int = 1) -> int:
+        """One layer's parameters on one rank."""
+        heads, width = self.num_heads + 2 * max(self.num_kv_heads, tp), self.head_size
+        qkv, out = heads * width * (self.hidden_size + self.qkv_bias), self.num_heads * width * self.hidden_size
+        attention = (qkv + out) // tp
+        norms = 2 * self.hidden_size + 2 * width * self.qk_norm
+        ffn = 3 * self.hidden_size * self.ffn_size // tp
+        if self.num_experts:
+            ffn = ffn * self.num_experts // ep + self.hidden_size * self.num_experts
+        return attention + norms + ffn
+
+    def num_vocabulary_parameters(self, tp: int = 1) -> int:
+        """The embedding's, or the head's, on one rank."""
+        rows = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tp > 1 else self.vocab_size
+        return rows * self.hidden_size // tp
+
+    @property
+    def head_in_layers(self) -> float:
+        """The head's time over a layer's: their products' multiplications for one token."""
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads
+        ffn = 3 * self.ffn_size * self.experts_per_token
+        return self.vocab_size / (heads * self.head_size + ffn)
+
+    def num_parameters(self, tp: int = 1, stages: Sequence[int] = (), ep: int = 1) -> int:
+        """The parameters of the rank that holds most; stages: the layers of each rank of a pipeline."""
+        layer, vocabulary = self.num_layer_parameters(tp, ep), self.num_vocabulary_parameters(tp)
+        if len(stages) < 2:
+            return self.num_layers * layer + vocabulary * (1 if self.tied else 2) + self.hidden_size
+        first, *middle, last = (num_layers * layer for num_layers in stages)
+        return max(first + vocabulary, *middle, last + vocabulary + self.hidden_size)
+
+    def activation_bytes_per_token(
+        self, size: int, tp: int = 1, *, sp: bool = False, megatron: bool = False, selective: bool = False
+    ) -> int:
+        """What autograd keeps of one token in one layer; `size` is the bytes of an element.
+
+        A norm keeps its input and the float32 factor of each row; a product its input; attention q, k, v, its output
+        and a float32 a head; silu(gate) * up its two inputs. Megatron's norms keep a float32 copy of their input too,
+        and its SwiGLU, like that of experts, silu(gate). arXiv 2205.05198 counts GPT's layers the same way.
+
+        selective: feed-forwards are computed again, so that all that is kept of them is their input.
+        """
+        heads = self.num_heads + 2 * self.num_kv_heads
+        wide = 4 if megatron else 0
+        norms = 2 * ((wide + size) * self.hidden_size + 4) // (tp if sp else 1)
+        inputs = 2 * size * self.hidden_size // (tp if sp else 1)
+        attention = ((heads + self.num_heads) * self.head_size * size + 4 * self.num_heads) // tp
+        qk_norms = ((wide + size) * heads * self.head_size + 4 * heads) * self.qk_norm // tp
+        factors = 4 if megatron or self.num_experts else 3
+        ffn = 0 if selective else factors * self.ffn_size * self.experts_per_token * size // tp
+        return norms + inputs + attention + qk_norms + ffn
+
+    def kv_bytes_per_token(self, size: int, tp: int = 1) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.num_layers * max(1, self.num_kv_heads // tp) * self.head_size * size
+
+    def kv_cache_bytes(self, num_sequences: int, length: int, size: int, tp: int = 1) -> int:
+        """Room for so many sequences of `length` tokens at once, in whole blocks."""
+        return num_sequences * -(-length // KV_BLOCK) * KV_BLOCK * self.kv_bytes_per_token(size, tp)
