@@ -1,6 +1,5 @@
 """Functions that raise, hang or die: what the run does about it, and what it counts."""
 
-import time
 
 import pytest
 
@@ -116,7 +115,6 @@ def test_zero_and_drop_touch_only_what_failed(group, decode, reward_file, source
     path = reward_file(source)
     counts = {"reward/error_count": errors, "reward/timeout_count": timeouts}
     limit = {} if timeouts else {"timeout_s": 60.0}  # a busy machine takes its time to see that a worker died
-    started = time.monotonic()
     with rewards(path, num_workers=num_workers, on_error="zero", **limit) as scorer:
         for _ in range(2):  # the pool is as good as new afterwards
             result = scorer.score(groups(group), decode)
@@ -126,7 +124,6 @@ def test_zero_and_drop_touch_only_what_failed(group, decode, reward_file, source
         result = scorer.score(groups(group), decode)
         assert [scored.group.prompt.prompt_id for scored in result.groups] == ["train/1"]
         assert result.metrics == {**counts, "reward/dropped_groups": 1}
-    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
