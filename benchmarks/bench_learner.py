@@ -22,6 +22,7 @@ activations, prompts computed again for every completion and padding count nothi
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import os
 import time
@@ -64,7 +65,8 @@ MODELS = {
 def random_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
     """The same random weights on every rank and for every provider."""
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    # A copy, because TRL gives its model's configuration a padding token, whose row would begin at zero.
+    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)
 
 
 def rollouts(args: argparse.Namespace, vocab_size: int) -> list[Sequence]:
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak-tflops", type=float, help="of one device, dense; 989 for an H100 or H200 in bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS / "learner.csv")
+    parser.add_argument("--append", action="store_true", help="to --out, where it exists")
     args = parser.parse_args()
     start_process_group()
     if dist.get_world_size() > 1 and args.providers != ["fastgrpo-megatron"]:
@@ -227,7 +230,7 @@ def main() -> None:
     table = Table(device)
     measure(args, device, table)
     if dist.get_rank() == 0:
-        table.write(args.out)
+        table.write(args.out, append=args.append)
     dist.destroy_process_group()
 
 

@@ -59,12 +59,14 @@ class Table:
         self.rows.append(row | numbers | self._constant | stamp)
         print(f"{kernel:<20} {provider:<24} {mode:<9} {metric:<12} {p50:>12.5g} {unit:<6} {x}", flush=True)
 
-    def write(self, path: Path) -> None:
-        """All rows as CSV."""
+    def write(self, path: Path, *, append: bool = False) -> None:
+        """All rows as CSV; append: behind those that the file has."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
+        goes_on = append and path.exists()
+        with path.open("a" if goes_on else "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
+            if not goes_on:
+                writer.writeheader()
             writer.writerows(self.rows)
         print(f"{len(self.rows)} rows written to {path}")
 
