@@ -24,7 +24,7 @@ EXAMPLES = {
   fastgrpo train --multirun algorithm=grpo,dapo seed=0,1           four runs
   fastgrpo train --cfg job                                         print the configuration and stop""",
     "eval": """\
-  fastgrpo eval model.path=runs/latest/hf                          held-out accuracy, greedy
+  fastgrpo eval model.path=runs/latest/hf sampling.max_new_tokens=40   the quickstart's policy, greedy
   fastgrpo eval model.path=DIR data.path=FILE.jsonl reward=gsm8k eval.num_samples=8 eval.temperature=1""",
     "plan": """\
   fastgrpo plan model.path=DIR data.path=FILE.jsonl                what a step does, and whether it fits here
