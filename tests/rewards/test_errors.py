@@ -1,6 +1,5 @@
 """Functions that raise, hang or die: what the run does about it, and what it counts."""
 
-
 import pytest
 
 from fastgrpo.config import RewardConfig, UserError
