@@ -124,7 +124,9 @@ def _wait(device: torch.device) -> None:
 
 def measure(args: argparse.Namespace, device: torch.device, table: Table) -> None:
     config = transformers.Qwen3Config(**MODELS[args.model], max_position_embeddings=32768, tie_word_embeddings=True)
-    layout = Layout(tp=args.tp, pp=args.pp, vpp=args.vpp, sp=args.sp)
+    layout = Layout(
+        tp=args.tp, pp=args.pp, vpp=args.vpp, sp=args.sp, stage_layers=args.stage_layers and tuple(args.stage_layers)
+    )
     sequences = rollouts(args, config.vocab_size)
     batches = pack(sequences, max_tokens=args.tokens_per_microbatch, share_prompts=True)
     updates = {name: make_update(name, args, config, layout, sequences, batches, device) for name in args.providers}
@@ -209,6 +211,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b" if torch.cuda.is_available() else "tiny")
     for name in ("tp", "pp", "vpp"):
         parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--stage-layers", type=int, nargs="+", help="of each stage; dealt out by time unless given")
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--activation-checkpoint", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--overlap-grad-reduce", action="store_true")

@@ -58,6 +58,7 @@ class Layout:
     def __str__(self) -> str:
         parts = [f"tp={self.tp}", f"pp={self.pp}"]
         parts += [f"vpp={self.vpp}"] if self.vpp > 1 else []
+        parts += [f"stage_layers={list(self.stage_layers)}".replace(" ", "")] if self.stage_layers else []
         parts += ["sp=true"] if self.sp else []
         parts += [f"cp={self.cp}"] if self.cp > 1 else []
         parts += [f"ep={self.ep}"] if self.ep > 1 else []
