@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from fastgrpo.batch_algebra import batch_algebra
 from fastgrpo.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
 from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
 from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.protocol import Learner
 from fastgrpo.learners import (
     QUICKSTART_CONTEXT,
     check_layout,
@@ -28,8 +30,6 @@ from fastgrpo.learners import (
 )
 from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, tiny
-from fastgrpo.models.shape import Shape
-from fastgrpo.models.stages import stages_of
 from fastgrpo.parts import Run
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import device_memory, make_plan
@@ -150,10 +150,7 @@ def assemble(
         unfinished = Unfinished(config.sampling.max_new_tokens)
         state: dict[str, Any] = {"step": 0, "num_nonfinite": 0}
         if checkpoint is not None:
-            state = checkpoint.run_state()
-            learner.load(checkpoint.learner)
-            stream.load_state_dict(state["stream"])
-            unfinished.load_state_dict(state["unfinished"], prompts.train)
+            state = restore(checkpoint, learner, stream, unfinished, prompts)
             unfinished.check_routed_experts(config.learner.router_replay)
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
         device = device_of(config)[0]
@@ -211,6 +208,20 @@ def assemble(
         )
 
 
+def restore(
+    checkpoint: Checkpoint, learner: Learner, stream: PromptStream, unfinished: Unfinished, prompts: PromptSets
+) -> dict[str, Any]:
+    """Put everything where the checkpoint found it; returns the rest of what it tells of the run.
+
+    Raises UserError where it is of another model or other data.
+    """
+    state = checkpoint.run_state()
+    learner.load(checkpoint.learner)
+    stream.load_state_dict(state["stream"])
+    unfinished.load_state_dict(state["unfinished"], prompts.train)
+    return state
+
+
 def open_log(config: Config, run_dir: Path, resume_step: int | None, notify: Callable[[str], None]) -> MetricsLog:
     """The run's metrics.jsonl and trackers."""
     return MetricsLog(
@@ -255,34 +266,3 @@ def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling
         stop_token_ids=stop_token_ids if sampling.stop_token_ids is None else tuple(sampling.stop_token_ids),
         return_routed_experts=config.learner.router_replay,
     )
-
-
-def batch_algebra(
-    config: Config, prompts: PromptSets, num_ranks: int, model: str, model_config: Any
-) -> list[tuple[str, str]]:
-    """What a step does, in numbers; `model` is its description."""
-    train, group_size = config.train, config.algorithm.group_size
-    sequences = train.prompts_per_step * group_size
-    longest = max(len(p.token_ids) for p in prompts.train) + config.sampling.max_new_tokens
-    several = "s" if train.updates_per_step > 1 else ""
-    updates = f"{train.updates_per_step} update{several} of {sequences // train.num_minibatches}"
-    dropped = f", {prompts.num_dropped} too long and dropped" if prompts.num_dropped else ""
-    duplicates = f", {prompts.num_duplicates} repeat a held-out one and are left out" if prompts.num_duplicates else ""
-    lines = [
-        ("model", model),
-        ("data", f"{len(prompts.train)} prompts to train on, {len(prompts.eval)} held out{dropped}{duplicates}"),
-        ("a step", f"{train.prompts_per_step} prompts x {group_size} completions = {sequences} sequences"),
-        ("", f"of up to {longest} tokens, {updates}"),
-        ("micro-batch", f"up to {config.learner.max_tokens_per_microbatch} packed tokens"),
-        ("run", f"{train.num_steps} steps, written to {config.run.dir}"),
-    ]
-    if num_ranks > 1:
-        learner = config.learner
-        copies = num_ranks // learner.ranks_a_copy
-        cut = f"tp={learner.tp} x pp={learner.pp}" + (f" x cp={learner.cp}" if learner.cp > 1 else "")
-        cut += f" x {copies} data parallel" + (f", experts over ep={learner.ep}" if learner.ep > 1 else "")
-        lines.insert(1, ("ranks", f"{num_ranks} = {cut}; {sequences / copies:g} sequences each"))
-        if learner.pp > 1:
-            stages = " + ".join(map(str, stages_of(learner, Shape.of(model_config))))
-            lines.insert(2, ("stages", f"{stages} layers, the last with the head"))
-    return lines

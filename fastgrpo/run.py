@@ -93,7 +93,8 @@ def plan_only(config: Config) -> tuple[Plan, str]:
     fewest = math.lcm(math.lcm(learner.tp, learner.ep) * learner.cp * learner.pp, config.sampler.tp)
     num_ranks = config.cluster.num_ranks or fewest
     validate(config, num_ranks)
-    from fastgrpo.assemble import batch_algebra, load_data
+    from fastgrpo.assemble import load_data
+    from fastgrpo.batch_algebra import batch_algebra
     from fastgrpo.learners import check_layout, config_of_model
     from fastgrpo.models.shape import Shape
     from fastgrpo.plan import device_to_plan_for, make_plan, table
