@@ -30,7 +30,7 @@ class AdapterShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(Shape):
     """A decoder of the Llama family, dense or with a mixture of experts in every layer.
 
     Example: Architecture(model_type="qwen3", num_layers=28, hidden_size=1024, ffn_size=3072, num_heads=16,
@@ -39,33 +39,14 @@ class Architecture:
     """
 
     model_type: str
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    vocab_size: int
-    """Rows of the embedding in the Hugging Face model, without the padding added here."""
     max_positions: int
     norm_eps: float
-    tied: bool
-    """The head is the embedding."""
-    qkv_bias: bool
-    qk_norm: bool
     inv_freq: Tensor = field(compare=False, repr=False)
     """(head_size / 2,) float32: the rotary embedding's frequencies, with any scaling applied."""
-    num_experts: int = 0
-    """0 for a dense model; the fields below are then 0 too."""
-    num_experts_per_token: int = 0
-    expert_ffn_size: int = 0
-    """Feed-forward size of one expert; ffn_size is not used then."""
     norm_expert_weights: bool = False
     """A token's chosen experts' probabilities are scaled to sum to 1."""
     rope_scale: float = 1.0
     """Cosine and sine are multiplied by it (yarn), which multiplies every attention score by its square."""
-    head_in_layers: float = 0.0
-    """The head's time over a layer's."""
     adapters: AdapterShape | None = None
     """What is trained in place of the weights."""
 
@@ -73,26 +54,16 @@ class Architecture:
     def of(cls, config: Any) -> Architecture:
         """From a transformers configuration. Raises UserError where this learner cannot compute the model exactly."""
         _check(config)
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        inv_freq, rope_scale = _rotary(config, head_size)
+        shape = Shape.of(config)
+        inv_freq, rope_scale = _rotary(config, shape.head_size)
         return cls(
+            **vars(shape),
             model_type=config.model_type,
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            ffn_size=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_size=head_size,
-            vocab_size=config.vocab_size,
             max_positions=config.max_position_embeddings,
             norm_eps=config.rms_norm_eps,
-            tied=config.tie_word_embeddings,
-            qkv_bias=config.model_type == "qwen2",
-            qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
             inv_freq=inv_freq,
+            norm_expert_weights=shape.num_experts > 0 and config.norm_topk_prob,
             rope_scale=rope_scale,
-            head_in_layers=Shape.of(config).head_in_layers,
-            **_experts(config),
         )
 
     @property
@@ -121,22 +92,11 @@ def _check(config: Any) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             raise UserError(f"learner=megatron: a model with {name}=true is not supported; use one without it")
-
-
-def _experts(config: Any) -> dict[str, Any]:
-    if config.model_type != "qwen3_moe":
-        return {}
-    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+    if config.model_type == "qwen3_moe" and (config.mlp_only_layers or config.decoder_sparse_step != 1):
         raise UserError(
             "learner=megatron: a model with experts in some layers only (mlp_only_layers, decoder_sparse_step) is not "
             "supported; use one with experts in every layer"
         )
-    return {
-        "num_experts": config.num_experts,
-        "num_experts_per_token": config.num_experts_per_tok,
-        "expert_ffn_size": config.moe_intermediate_size,
-        "norm_expert_weights": config.norm_topk_prob,
-    }
 
 
 def _rotary(config: Any, head_size: int) -> tuple[Tensor, float]:

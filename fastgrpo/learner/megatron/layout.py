@@ -138,7 +138,7 @@ def _expert_misfit(layout: Layout, architecture: Architecture) -> str | None:
         return (
             f"learner.tp={tp}: a model with experts deals tokens to them by sequence parallelism; add learner.sp=true"
         )
-    size, left = architecture.expert_ffn_size, architecture.expert_ffn_size // layout.expert_tp
+    size, left = architecture.ffn_size, architecture.ffn_size // layout.expert_tp
     if size % layout.expert_tp:
         return f"learner.tp={tp}: does not divide the feed-forward size {size} of an expert"
     if left % GROUPED_MULTIPLE:

@@ -290,7 +290,7 @@ def _balance(architecture: Architecture, coef: float, device: torch.device) -> E
     if not architecture.num_experts:
         refuse_without_experts(coef)
         return None
-    sizes = (architecture.num_layers, architecture.num_experts, architecture.num_experts_per_token)
+    sizes = (architecture.num_layers, architecture.num_experts, architecture.experts_per_token)
     return ExpertBalance(*sizes, coef=coef, device=device)
 
 

@@ -232,8 +232,8 @@ def _expert_config(architecture: Architecture, layout: Layout) -> dict[str, Any]
         return {}
     return {
         "num_moe_experts": architecture.num_experts,
-        "moe_router_topk": architecture.num_experts_per_token,
-        "moe_ffn_hidden_size": architecture.expert_ffn_size,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_ffn_hidden_size": architecture.ffn_size,
         # Softmax over all experts before the choice, or over the chosen ones: the same as scaling them to sum to 1.
         "moe_router_pre_softmax": not architecture.norm_expert_weights,
         "moe_router_load_balancing_type": "none",

@@ -190,7 +190,7 @@ def _columns(name: str, rows: int, columns: int, tp: int, tp_rank: int) -> Box:
 
 def _experts(prefix: str, part: str, architecture: Architecture, place: Place) -> list[Box]:
     """(E / ep, 2F, H) gates and ups, or (E / ep, H, F) downs, with F cut over tp where ep is 1: vLLM's w13 and w2."""
-    hidden, ffn = architecture.hidden_size, architecture.expert_ffn_size
+    hidden, ffn = architecture.hidden_size, architecture.ffn_size
     tp, tp_rank = (place.tp, place.tp_rank) if place.ep == 1 else (1, 0)
     num_local = architecture.num_experts // place.ep
     boxes = []

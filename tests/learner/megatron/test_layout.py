@@ -34,8 +34,8 @@ QWEN3_30B_A3B = replace(
     num_heads=32,
     num_kv_heads=4,
     num_experts=128,
-    num_experts_per_token=8,
-    expert_ffn_size=768,
+    experts_per_token=8,
+    ffn_size=768,
 )
 
 
@@ -174,7 +174,7 @@ def test_impossible_layouts_of_a_mixture_of_experts(layout, world_size, message)
 
 
 def test_experts_too_narrow_to_be_cut_can_be_dealt_whole():
-    narrow = replace(QWEN3_30B_A3B, expert_ffn_size=24)
+    narrow = replace(QWEN3_30B_A3B, ffn_size=24)
     assert data_parallel_size(Layout(tp=4, sp=True, ep=4), narrow, 4) == 1
     with pytest.raises(UserError, match="tp=4: leaves 6 of an expert's feed-forward size 24"):
         data_parallel_size(Layout(tp=4, sp=True), narrow, 4)
