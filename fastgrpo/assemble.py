@@ -142,9 +142,10 @@ def assemble(
                 f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
                 "data.eval_path"
             )
-        check_layout(config, config_of_model(config, tokenizer), ranks.num_ranks)
+        model_config = config_of_model(config, tokenizer)
+        check_layout(config, model_config, ranks.num_ranks)
+        check_router_replay(config, model_config)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
-        check_router_replay(config)
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
         unfinished = Unfinished(config.sampling.max_new_tokens)

@@ -36,6 +36,6 @@ def batch_algebra(
         cut += f" x {copies} data parallel" + (f", experts over ep={learner.ep}" if learner.ep > 1 else "")
         lines.insert(1, ("ranks", f"{num_ranks} = {cut}; {sequences / copies:g} sequences each"))
         if learner.pp > 1:
-            stages = " + ".join(map(str, stages_of(learner, Shape.of(model_config))))
-            lines.insert(2, ("stages", f"{stages} layers, the last with the head"))
+            stages = stages_of(Shape.of(model_config), learner.pp * learner.vpp, learner.stage_layers)
+            lines.insert(2, ("stages", f"{' + '.join(map(str, stages))} layers, the last with the head"))
     return lines

@@ -89,7 +89,7 @@ def make_plan(
     """
     shape, learner, sampler = Shape.of(model_config), config.learner, config.sampler
     size = 4 if config.cluster.dtype == "float32" or (config.cluster.dtype == "auto" and not on_gpu) else 2
-    virtual = stages_of(learner, shape)
+    virtual = stages_of(shape, learner.pp * learner.vpp, learner.stage_layers)
     stages = [sum(virtual[stage :: learner.pp]) for stage in range(learner.pp)]
     layers = max(stages)
     num_parameters = shape.num_parameters(learner.tp, stages, learner.ep)

@@ -11,7 +11,6 @@ from fastgrpo.config import Config, UserError
 from fastgrpo.data import PromptSets
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.learners import device_of
-from fastgrpo.models import hf
 from fastgrpo.models.experts import layers_with_experts
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.plan import Plan
@@ -23,13 +22,12 @@ from fastgrpo.weights import Exchange
 CANARY_TOKENS = 32
 
 
-def check_router_replay(config: Config) -> None:
+def check_router_replay(config: Config, model_config: Any) -> None:
     """Raise UserError where the model has no experts to replay, or the sampler cannot tell which it chose."""
     if not config.learner.router_replay:
         return
-    path = config.model.path
-    assert path is not None  # validate has seen to that
-    if not layers_with_experts(hf.load_config(path)):
+    if not layers_with_experts(model_config):
+        path = config.model.path
         raise UserError(f"learner.router_replay=true: the model of model.path={path} has no experts; use false")
     if config.sampler.kind == "vllm" and device_of(config)[0] == "cpu":
         raise UserError("learner.router_replay=true: on a CPU vLLM does not tell its experts; use sampler=torch")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from fastgrpo.config import LearnerConfig
+from collections.abc import Sequence
+
 from fastgrpo.models.shape import Shape
 
 
-def stages_of(learner: LearnerConfig, shape: Shape) -> tuple[int, ...]:
-    """The layers of each (virtual) stage of a configured pipeline, in the model's order."""
-    if learner.stage_layers is not None:
-        return tuple(learner.stage_layers)
-    return balanced_stages(shape.num_layers, shape.head_in_layers, learner.pp * learner.vpp)
+def stages_of(shape: Shape, num_stages: int, asked: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers of each (virtual) stage, in the model's order: as asked for, else balanced."""
+    if asked is not None:
+        return tuple(asked)
+    return balanced_stages(shape.num_layers, shape.head_in_layers, num_stages)
 
 
 def balanced_stages(num_layers: int, head: float, num_stages: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from fastgrpo.config import UserError
 from fastgrpo.learner.megatron.architecture import Architecture
-from fastgrpo.models.stages import balanced_stages
+from fastgrpo.models.stages import stages_of
 
 NUM_SUGGESTIONS = 3
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -52,8 +52,7 @@ class Layout:
 
     def stages(self, architecture: Architecture) -> tuple[int, ...]:
         """The layers of each (virtual) stage, in the model's order."""
-        num_stages = self.pp * self.vpp
-        return self.stage_layers or balanced_stages(architecture.num_layers, architecture.head_in_layers, num_stages)
+        return stages_of(architecture, self.pp * self.vpp, self.stage_layers)
 
     def __str__(self) -> str:
         parts = [f"tp={self.tp}", f"pp={self.pp}"]
