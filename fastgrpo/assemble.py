@@ -163,7 +163,7 @@ def assemble(
             longest_prompt=prompts.max_tokens,
             num_ranks=ranks.num_ranks,
         )
-        sampler, sampling_ranks = make_sampler(config, learner, model, prompts, plan, console.message)
+        sampler, sampling_ranks = make_sampler(config, learner, model, adapters, prompts, plan, console.message)
         if sampler is not None:
             stack.callback(sampler.close)
         if config.resume != "no":

@@ -333,6 +333,9 @@ class SamplerConfig:
     """vllm: share of the GPU for weights and KV cache together; null computes the KV cache from max_sequences."""
     enforce_eager: bool = False
     """vllm: no CUDA graphs (a CPU has none): starts faster, decodes slower."""
+    merge_adapters: bool = False
+    """vllm, with model.lora: sample from merged copies W + s B A, which decodes faster and holds the adapted matrices
+    twice; false computes the adapters beside W."""
     max_restarts: int = 2
     """vllm: how often a failed engine is rebuilt, and the rollout drawn again with the same seeds, before the run
     stops."""

@@ -84,7 +84,7 @@ def _torch_learner(
     config: Config, tokenizer: Any, prompts: PromptSets, _: Ranks, notify: Callable[[str], None]
 ) -> tuple[Learner, CausalLM, Adapters | None]:
     model, adapters = load_policy(config, tokenizer, prompts, notify)
-    if adapters is not None and config.sampler.kind != "torch":
+    if adapters is not None and config.sampler.merge_adapters:
         adapters.keep_merged()
     reference = hf.prepare(copy.deepcopy(model)) if _needs_reference(config) and adapters is None else None
     if config.learner.activation_checkpoint == "full":
@@ -119,6 +119,7 @@ def _megatron_learner(
         num_updates=config.train.num_updates,
         reference=_needs_reference(config),
         adapters=adapters,
+        merge_adapters=config.sampler.merge_adapters or config.sampler.kind == "torch",
         dtype=dtype,
         activation_checkpoint=learner.activation_checkpoint,
         distributed_optimizer=learner.distributed_optimizer,

@@ -98,7 +98,9 @@ def make_plan(
     if adapted:
         rank, targets = lora.rank_and_targets(config.model.lora)
         trained, size_trained = num_adapter_parameters(shape, rank, targets, learner.tp, layers), 4
-        merged = _num_merged(shape, targets, learner.tp, layers)
+        # A sampler has them merged, or apart in the weights' type.
+        is_merged = sampler.merge_adapters or sampler.kind == "torch"
+        merged = _num_merged(shape, targets, learner.tp, layers) if is_merged else trained
     is_megatron = learner.kind == "megatron"
     per_token = shape.activation_bytes_per_token(
         size,
@@ -131,7 +133,7 @@ def make_plan(
 
 
 def _num_unshared(config: Config, shape: Shape, merged: int) -> int:
-    """Parameters held for a sampler besides the learner's own; merged: those of W + s B A beside W."""
+    """Parameters held for a sampler besides the learner's own; merged: those of W + s B A beside W, or of A and B."""
     learner, sampler = config.learner, config.sampler
     if sampler.kind == "torch":
         return 0 if learner.kind == "torch" else merged + shape.num_parameters()

@@ -13,6 +13,7 @@ from fastgrpo.learner.protocol import Learner
 from fastgrpo.learners import device_of
 from fastgrpo.models.experts import layers_with_experts
 from fastgrpo.models.hf import CausalLM
+from fastgrpo.models.lora import Adapters
 from fastgrpo.plan import Plan
 from fastgrpo.ranks import Ranks
 from fastgrpo.sampler.protocol import Sampler
@@ -37,6 +38,7 @@ def make_sampler(
     config: Config,
     learner: Learner,
     model: CausalLM,
+    adapters: Adapters | None,
     prompts: PromptSets,
     plan: Plan,
     notify: Callable[[str], None],
@@ -54,7 +56,7 @@ def make_sampler(
         raise UserError(
             f"sampler=vllm: {error.name} is not installed; pip install fastgrpo[vllm], or `make vllm` for a CPU"
         ) from None
-    settings = _engine_settings(config, learner, model, prompts, plan)
+    settings = _engine_settings(config, learner, model, adapters, prompts, plan)
     try:
         vllm = VLLMSampler(settings, learner.weight_slices, max_restarts=config.sampler.max_restarts, notify=notify)
     except (ValueError, NotImplementedError) as error:  # what vLLM refuses, in pydantic's wrapping or without
@@ -91,7 +93,9 @@ def canary(prompts: PromptSets) -> Tensor:
     return longest.repeat(2)[:CANARY_TOKENS] if len(longest) < 2 else longest[:CANARY_TOKENS]
 
 
-def _engine_settings(config: Config, learner: Learner, model: CausalLM, prompts: PromptSets, plan: Plan) -> Any:
+def _engine_settings(
+    config: Config, learner: Learner, model: CausalLM, adapters: Adapters | None, prompts: PromptSets, plan: Plan
+) -> Any:
     from fastgrpo.sampler.vllm.engine import EngineSettings
 
     sampler, shape = config.sampler, model.config
@@ -108,5 +112,6 @@ def _engine_settings(config: Config, learner: Learner, model: CausalLM, prompts:
         gpu_memory_utilization=share,
         enforce_eager=sampler.enforce_eager,
         sleeps=device.type == "cuda",
+        adapters={} if adapters is None or sampler.merge_adapters else adapters.shapes(),
         returns_routed_experts=config.learner.router_replay,
     )

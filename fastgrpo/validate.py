@@ -225,6 +225,8 @@ def _sampler(config: Config, num_ranks: int) -> None:
     sampler = config.sampler
     if sampler.kind == "torch" and sampler.tp != 1:
         refuse("sampler.tp", sampler.tp, "sampler=torch is one model on one device; use sampler=vllm")
+    if sampler.merge_adapters and not (sampler.kind == "vllm" and config.model.lora.enabled):
+        refuse("sampler.merge_adapters", "true", "it is for sampler=vllm with adapters (model.lora.rank); use false")
     if num_ranks % sampler.tp:
         refuse(
             "sampler.tp", sampler.tp, f"it does not divide the job's {num_ranks} processes; start others with torchrun"

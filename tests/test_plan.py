@@ -111,14 +111,17 @@ def test_adapters_are_counted_exactly():
     assert plan.weights == plan_of().weights + 4 * trained
 
 
-def test_merged_weights_are_counted_where_a_sampler_wants_them():
-    """Of q/k/v, which lie together: 2 layers of 32 + 2 * 16 rows of 32, once more."""
+def test_a_samplers_own_adapters_or_merged_weights_are_counted():
+    """Merged are q/k/v, which lie together: 2 layers of 32 + 2 * 16 rows of 32, once more."""
     adapted = ("model.lora.rank=3", "model.lora.target_modules=[q_proj]")
     assert plan_of(*adapted).sampler_weights == 0
+    assert plan_of(*adapted, "sampler=vllm").sampler_weights == 2 * 2 * 3 * (32 + 32)
+    adapted = (*adapted, "sampler.merge_adapters=true")
     assert plan_of(*adapted, "sampler=vllm").sampler_weights == 2 * 4096
     megatron = (*adapted, "learner=megatron", "learner.tp=2")
     assert plan_of(*megatron, "sampler=vllm", "sampler.tp=2").sampler_weights == 2 * 4096 // 2
     whole = Shape.of(make_model("qwen3").config).num_parameters()
+    megatron = tuple(option for option in megatron if "merge" not in option)
     assert plan_of(*megatron, "learner.pp=2").sampler_weights == 2 * (4096 // 4 + whole)
 
 

@@ -137,7 +137,7 @@ class TorchLearner:
         yield from () if self.adapters is None else self.adapters.named()
 
     def weight_slices(self) -> list[WeightSlice]:
-        """See Learner.weight_slices; adapters are slices of their own, or merged where they are kept so."""
+        """See Learner.weight_slices."""
         if self.adapters is not None and self.adapters.are_kept_merged:
             return self.adapters.merged_slices()
         return storage.weight_slices(self.model)

@@ -44,7 +44,11 @@ class Adapters:
         """All that is trained, named as by `model.layers.0.self_attn.q_proj.lora_A.weight`."""
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad:
-                yield _plain(name), parameter.detach()
+                yield storage.without_peft(name), parameter.detach()
+
+    def shapes(self) -> dict[str, tuple[int, float]]:
+        """The rank r and the scale s of W + s B A, by the matrix's path in the model."""
+        return {path: (module.r["default"], module.scaling["default"]) for path, module in self.modules()}
 
     @torch.no_grad()
     def keep_merged(self) -> None:
@@ -78,14 +82,11 @@ class Adapters:
 
     def merged_slices(self) -> list[WeightSlice]:
         """The merged matrices, and what has no adapters, under their names in a checkpoint of the whole policy."""
-        slices = []
-        for held in storage.weight_slices(self._model):
-            path, _, kind = held.name.replace(".base_layer", "").rpartition(".")
-            if path in self._merged and kind == "weight":
-                slices.append(replace(held, name=f"{path}.{kind}", tensor=self._merged[path]))
-            elif ".lora_" not in held.name:
-                slices.append(replace(held, name=f"{path}.{kind}"))
-        return slices
+        return [
+            replace(held, tensor=self._merged.get(held.name.removesuffix(".weight"), held.tensor))
+            for held in storage.weight_slices(self._model)
+            if ".lora_" not in held.name
+        ]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -105,14 +106,9 @@ class Adapters:
         state = None
         if tensors is not None:
             names = [name for name, parameter in self._peft_model.named_parameters() if parameter.requires_grad]
-            state = {name: tensors[_plain(name.removeprefix("base_model.model."))] for name in names}
+            state = {name: tensors[storage.without_peft(name.removeprefix("base_model.model."))] for name in names}
         self._peft_model.save_pretrained(directory, state_dict=state)
         Path(directory, "README.md").unlink(missing_ok=True)  # PEFT's form for a hub page, all of it blank
-
-
-def _plain(name: str) -> str:
-    """Without PEFT's name of this set of adapters, as in its files."""
-    return name.replace(".default.", ".")
 
 
 def _has_adapters(module: Any) -> bool:
@@ -169,10 +165,14 @@ def _load(peft: Any, model: CausalLM, path: str) -> Any:
     if not (directory / "adapter_config.json").is_file():
         raise UserError(f"model.lora.path={path}: no adapter_config.json there; give a PEFT directory")
     try:
-        return peft.PeftModel.from_pretrained(model, str(directory), is_trainable=True)
+        loaded = peft.PeftModel.from_pretrained(model, str(directory), is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.lora.path={path}: does not fit model.path: {reason}") from error
+    for key in ("use_dora", "lora_bias"):
+        if getattr(loaded.peft_config["default"], key):
+            raise UserError(f"model.lora.path={path}: its {key} is more than low-rank matrices; use plain LoRA")
+    return loaded
 
 
 def rank_and_targets(config: LoraConfig) -> tuple[int, list[str]]:

@@ -66,7 +66,7 @@ def fused(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 def weight_slices(model: nn.Module) -> list[WeightSlice]:
-    """Every parameter under the name a checkpoint gives it; a tied head is its embedding, once."""
+    """Every parameter under its name in a checkpoint, an adapter's in PEFT's; a tied head is its embedding, once."""
     padding = {id(p): _num_padding_rows(p) for p in _vocabulary(model)}
     return [
         WeightSlice(
@@ -77,8 +77,13 @@ def weight_slices(model: nn.Module) -> list[WeightSlice]:
             num_padding_rows=padding.get(id(parameter), 0),
         )
         for name, parameter in model.named_parameters()
-        for checkpoint_name, tensor in as_saved(name, parameter.detach())
+        for checkpoint_name, tensor in as_saved(without_peft(name), parameter.detach())
     ]
+
+
+def without_peft(name: str) -> str:
+    """A tensor's name without what PEFT puts in between: its wrapper of a matrix, its name of a set of adapters."""
+    return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
 def as_saved(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

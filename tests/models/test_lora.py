@@ -211,6 +211,15 @@ def test_mistakes_are_named(config, message):
     assert str(error.value).startswith(message)
 
 
+def test_more_than_low_rank_matrices_is_refused(tmp_path):
+    _, adapters = with_adapters()
+    adapters.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    with pytest.raises(UserError, match=r"model\.lora\.path=.*: its use_dora is more than low-rank matrices"):
+        add_adapters(prepare(make_model()), LoraConfig(path=str(tmp_path)), seed=0)
+
+
 def test_adapters_of_another_model_are_refused(tmp_path):
     _, adapters = with_adapters()
     adapters.save_pretrained(tmp_path)

@@ -43,9 +43,9 @@ def load(chunks: list[HiddenStatesModel], read: Read, parallel: Parallel) -> Non
 
 
 def slices(chunks: list[HiddenStatesModel], parallel: Parallel) -> list[WeightSlice]:
-    """What this rank holds of the policy, as views of live memory: its parameters, and merged weights where they have
-    adapters. A tied head is its embedding, on the first stage alone."""
-    merged = lora.merged(chunks)
+    """What this rank holds of the policy, as views of live memory: its parameters, or merged weights in place of those
+    with adapters where these are kept. A tied head is its embedding, on the first stage alone."""
+    merged = lora.kept_merged(chunks)
     return [
         WeightSlice(
             name=box.name,
@@ -55,7 +55,7 @@ def slices(chunks: list[HiddenStatesModel], parallel: Parallel) -> list[WeightSl
             num_padding_rows=box.num_padding_rows,
         )
         for name, param in _once(chunks, parallel)
-        if not is_adapter(name)
+        if not (merged and is_adapter(name))
         for box in boxes_of(name, chunks[0].architecture, parallel.place)
     ]
 
@@ -76,9 +76,9 @@ def to_hf(
     All ranks of a model, and all that share its experts, must go through the iterator together, to its end: each step
     is collective.
     """
-    merged = lora.merged(chunks)
+    value = value or lora.merged_weights(chunks)
     taken = ((name, param) for name, param in _once(chunks, parallel) if is_adapter(name) == adapters)
-    held = {n: (merged.get(id(p), p) if value is None else value(p)).detach() for n, p in taken}
+    held = {name: value(param).detach() for name, param in taken}
     architecture, place = chunks[0].architecture, parallel.place
     for name, owner, shape, dtype in _owners(held, parallel):
         shard = held.get(name)

@@ -51,6 +51,7 @@ class MegatronLearner:
     architecture, read: what the model is and where its weights are read (convert.Read). num_updates: optimizer steps
     of the whole run, for the learning-rate schedule. reference: load the reference model, from the same weights.
     adapters: begin with these and train nothing else; the policy without them is its own reference, and none is loaded.
+    merge_adapters: hold the merged matrices too, and offer a sampler these.
 
     Raises UserError, before any weight is read, where the layout is impossible for the model or the job's size, or the
     adapters are of a kind that is not supported.
@@ -66,6 +67,7 @@ class MegatronLearner:
         num_updates: int,
         reference: bool = False,
         adapters: Adapters | None = None,
+        merge_adapters: bool = False,
         dtype: torch.dtype = torch.float32,
         activation_checkpoint: str = "none",
         distributed_optimizer: bool = True,
@@ -81,7 +83,7 @@ class MegatronLearner:
         with megatron_on_cpu():
             self.policy = build(architecture, layout, dtype=dtype, activation_checkpoint=activation_checkpoint)
             for chunk in self.policy if adapters is not None else []:
-                lora.add_adapters(chunk, self.parallel.place)
+                lora.add_adapters(chunk, self.parallel.place, keep_merged=merge_adapters)
             convert.load(self.policy, read, self.parallel)
             lora.merge(self.policy)
             self.reference: list[HiddenStatesModel] | None = None

@@ -11,7 +11,7 @@ Letters: T rows, r rank, n matrices with adapters in one linear.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,17 @@ class LowRank(nn.Module):
     moments are float32; products are in the model's type.
     """
 
-    merged: Tensor
-    """W + s B A, like the weight."""
+    merged: Tensor | None
+    """W + s B A, like the weight, where it is kept."""
 
     def __init__(
-        self, linear: ColumnParallelLinear | RowParallelLinear, name: str, architecture: Architecture, place: Place
+        self,
+        linear: ColumnParallelLinear | RowParallelLinear,
+        name: str,
+        architecture: Architecture,
+        place: Place,
+        *,
+        keep_merged: bool,
     ) -> None:
         super().__init__()
         assert architecture.adapters is not None
@@ -66,7 +72,8 @@ class LowRank(nn.Module):
         device = linear.weight.device
         self.A = nn.Parameter(torch.empty(sum(box.shape[0] for box in a), linear.weight.shape[1], device=device))
         self.B = nn.Parameter(torch.empty(sum(box.shape[0] for box in b), rank, device=device))
-        self.register_buffer("merged", torch.empty_like(linear.weight.detach()), persistent=False)
+        merged = torch.empty_like(linear.weight.detach()) if keep_merged else None
+        self.register_buffer("merged", merged, persistent=False)
         cut, whole = (self.B, self.A) if self.is_cut_by_rows else (self.A, self.B)
         set_tensor_model_parallel_attributes(cut, is_parallel=True, dim=0 if self.is_cut_by_rows else 1, stride=1)
         whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
@@ -94,19 +101,20 @@ class LowRank(nn.Module):
         return reduce_from_tensor_model_parallel_region(low)
 
     @torch.no_grad()
-    def merge(self, weight: Tensor) -> None:
-        """merged = weight + s B A, at an address that stays."""
-        self.merged.copy_(weight)
+    def merge_into(self, merged: Tensor, weight: Tensor) -> Tensor:
+        """merged = weight + s B A, in place."""
+        merged.copy_(weight)
         for rows, pair in self.parts:
             if pair is not None:
-                self.merged[rows].add_(self.B[pair[1]] @ self.A[pair[0]], alpha=self.scale)
+                merged[rows].add_(self.B[pair[1]] @ self.A[pair[0]], alpha=self.scale)
+        return merged
 
 
 def _rows(box: Box) -> slice:
     return slice(box.row, box.row + box.shape[0])
 
 
-def add_adapters(chunk: HiddenStatesModel, place: Place) -> None:
+def add_adapters(chunk: HiddenStatesModel, place: Place, *, keep_merged: bool) -> None:
     """Freeze the model, and put what its architecture says beside its linears, with values that are not initialised."""
     architecture = chunk.architecture
     assert architecture.adapters is not None
@@ -115,7 +123,8 @@ def add_adapters(chunk: HiddenStatesModel, place: Place) -> None:
         for path, matrices in LINEARS.items():
             if not set(matrices).isdisjoint(architecture.adapters.targets):
                 linear = layer.get_submodule(path)
-                linear.lora = LowRank(linear, f"decoder.layers.{layer.layer_number - 1}.{path}", architecture, place)
+                name = f"decoder.layers.{layer.layer_number - 1}.{path}"
+                linear.lora = LowRank(linear, name, architecture, place, keep_merged=keep_merged)
                 linear.register_forward_hook(_adapted)
     if chunk.pre_process and chunk.config.recompute_granularity is not None:
         # Else a recomputed part would have no input with a gradient, and its adapters would get none either.
@@ -147,14 +156,29 @@ def disabled(chunks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def merge(chunks: Iterable[nn.Module]) -> None:
-    """Bring the merged weights up to date."""
+    """Bring the merged weights up to date, where they are kept."""
     for linear in _linears(chunks):
-        linear.lora.merge(linear.weight)
+        if linear.lora.merged is not None:
+            linear.lora.merge_into(linear.lora.merged, linear.weight)
 
 
-def merged(chunks: Iterable[nn.Module]) -> dict[int, Tensor]:
-    """What stands for the weights with adapters in the policy, by their ids."""
-    return {id(linear.weight): linear.lora.merged for linear in _linears(chunks)}
+def kept_merged(chunks: Iterable[nn.Module]) -> dict[int, Tensor]:
+    """The merged weights that are kept, by the ids of those whose place they take."""
+    return {id(linear.weight): linear.lora.merged for linear in _linears(chunks) if linear.lora.merged is not None}
+
+
+def merged_weights(chunks: Iterable[nn.Module]) -> Callable[[nn.Parameter], Tensor]:
+    """A parameter to what the policy without adapters would have in its place, merged now where it is not kept."""
+    linears = {id(linear.weight): linear for linear in _linears(chunks)}
+
+    def of(param: nn.Parameter) -> Tensor:
+        linear = linears.get(id(param))
+        if linear is None:
+            return param
+        kept = linear.lora.merged
+        return kept if kept is not None else linear.lora.merge_into(torch.empty_like(param), param)
+
+    return of
 
 
 def reading(adapters: Adapters, read: Read) -> Read:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -29,6 +29,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from fastgrpo.kernels.cpu_linear import linear
 from fastgrpo.sampler.vllm.layout import Owned, parameters
+from fastgrpo.sampler.vllm.low_rank import Shapes, add_adapters, use_adapters
 from fastgrpo.types import WeightSlice
 
 LOAD_FORMAT = "fastgrpo"
@@ -42,6 +43,8 @@ class Adoption:
     """
 
     offered: list[WeightSlice]
+    adapters: Shapes = field(default_factory=dict)
+    """What the policy has beside its matrices, where these are not merged."""
     model: nn.Module | None = None
     copied: dict[str, str] = field(default_factory=dict)
     """vLLM's parameters with memory of their own, and the reason."""
@@ -84,6 +87,7 @@ class AdoptingLoader(BaseModelLoader):
         with set_default_torch_dtype(model_config.dtype):
             with device, _matrices_on_meta():
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            add_adapters(_linears(model), adoption.adapters)
             adopt(model, adoption, device)
             if device.type == "cpu":
                 _use_plain_linears(model)
@@ -91,6 +95,7 @@ class AdoptingLoader(BaseModelLoader):
                 addresses = {owned.name: owned.parameter.data_ptr() for owned in parameters(model)}
                 process_weights_after_loading(model, model_config, device)
                 _refuse_repacking(model, addresses)
+            use_adapters(model)
         adoption.model = model
         return model.eval()
 
@@ -110,6 +115,16 @@ def _matrices_on_meta() -> Iterator[None]:
         for method in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod):
             stack.enter_context(patch.object(method, "create_weights", without_memory(method.create_weights)))
         yield
+
+
+def _linears(model: nn.Module) -> dict[LinearBase, list[WeightSlice]]:
+    """Every linear with what its weight holds."""
+    return {
+        module: owned.slices(owned.parameter)
+        for owned in parameters(model)
+        for module, kind in owned.owners
+        if isinstance(module, LinearBase) and kind == "weight"
+    }
 
 
 def adopt(model: nn.Module, adoption: Adoption, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +27,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample import sampler as vllm_sampler
 
 from fastgrpo.sampler.vllm.adopt import LOAD_FORMAT, Adoption, adopting
+from fastgrpo.sampler.vllm.low_rank import Shapes
 from fastgrpo.types import WeightSlice
 
 SLACK_STEPS = 64
@@ -52,6 +53,8 @@ class EngineSettings:
     enforce_eager: bool
     sleeps: bool
     """Whether the KV cache can be given back between rollouts."""
+    adapters: Shapes = field(default_factory=dict)
+    """Of the policy's matrices, where the engine is to compute them beside these."""
     returns_routed_experts: bool = False
     """Whether requests come back with the experts of every token but the last."""
 
@@ -65,7 +68,7 @@ class Engine:
 
     def __init__(self, settings: EngineSettings, offered: list[WeightSlice]) -> None:
         _check_supported(settings)
-        self.adoption = Adoption(offered=offered)
+        self.adoption = Adoption(offered=offered, adapters=settings.adapters)
         self._group_is_ours = dist.is_initialized()
         self._llm: LLMEngine | None = None
         with tempfile.TemporaryDirectory(prefix="fastgrpo-vllm-") as directory:
@@ -168,6 +171,8 @@ def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
         optional["moe_backend"] = "triton"  # others shuffle the experts into a form of their own
     if settings.returns_routed_experts:
         optional["enable_return_routed_experts"] = True
+    if settings.adapters:  # they change the computation, which vLLM may find compiled in its cache
+        optional["additional_config"] = {"adapters": sorted([k, *v] for k, v in settings.adapters.items())}
     return EngineArgs(
         model=directory,
         skip_tokenizer_init=True,

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from fastgrpo.sampler.vllm.low_rank import LowRank
 from fastgrpo.types import WeightSlice
 
 
@@ -48,7 +49,9 @@ def parameters(model: nn.Module) -> list[Owned]:
 
 
 def _slices(module: nn.Module, kind: str, prefix: str, leaf: str, memory: Tensor) -> Iterator[WeightSlice]:
-    if isinstance(module, QKVParallelLinear):
+    if isinstance(module, LowRank):
+        yield from module.slices(kind, memory)
+    elif isinstance(module, QKVParallelLinear):
         yield from _fused(_qkv(module), kind, prefix, memory)
     elif isinstance(module, MergedColumnParallelLinear):
         assert leaf == "gate_up_proj", leaf

@@ -93,6 +93,7 @@ def make(case: Case, directory: Path, dtype: torch.dtype = torch.float32) -> tup
         num_updates=NUM_STEPS + 1,
         reference=True,
         adapters=adapters,
+        merge_adapters=True,
         dtype=dtype,
         activation_checkpoint=case.activation_checkpoint,
         overlap_grad_reduce=case.overlap_grad_reduce,

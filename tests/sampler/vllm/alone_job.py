@@ -34,7 +34,9 @@ from transformers import AutoModelForCausalLM
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core_client import InprocClient
 
+from fastgrpo.config import LoraConfig
 from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.models.lora import add_adapters
 from fastgrpo.sampler.draw import _cut as cut
 from fastgrpo.sampler.vllm.engine import MAX_BATCHED_TOKENS
 from fastgrpo.sampler.vllm.sampler import VLLMSampler
@@ -49,11 +51,19 @@ class Pair:
     """A learner, a sampler on its tensors, and the exchange between them."""
 
     def __init__(
-        self, kind: str, *, changed: Callable[[list], list] = list, observed_by: Any = None, **more: Any
+        self,
+        kind: str,
+        *,
+        changed: Callable[[list], list] = list,
+        observed_by: Any = None,
+        lora: LoraConfig | None = None,
+        **more: Any,
     ) -> None:
-        self.learner = TorchLearner(load(DIRECTORY, kind), TRAIN, num_updates=9)
+        model = load(DIRECTORY, kind)
+        adapters = None if lora is None else add_adapters(model, lora, seed=0)
+        self.learner = TorchLearner(model, TRAIN, num_updates=9, adapters=adapters)
         self.messages: list[str] = []
-        config = settings(self.learner.model.config, **more)
+        config = settings(model.config, adapters={} if adapters is None else adapters.shapes(), **more)
         with observed_by or nullcontext():
             self.sampler = VLLMSampler(
                 config, lambda: changed(self.learner.weight_slices()), max_restarts=1, notify=self.messages.append
@@ -286,6 +296,26 @@ def apart() -> dict[str, Any]:
     return result
 
 
+def adapted(lora: LoraConfig) -> dict[str, Any]:
+    """Adapters that vLLM computes beside the learner's matrices, from updates that change them by a lot."""
+    pair = Pair("qwen2", lora=lora)
+    (batch,) = batch_of(pair.generate(), 0)
+    first = pair.learner.logprobs(batch, temperature=1.0)
+    result: dict[str, Any] = {"copied": pair.sampler.copied}
+    result["differences"] = short_run(pair.learner, pair.sampler, pair.exchange, num_steps=4)
+    result["change"] = (pair.learner.logprobs(batch, temperature=1.0) - first).abs().max().item()
+    pair.update()
+    result["stale"] = pair.proof()
+    pair.sampler.restart()
+    result["restored"] = pair.proof()
+    qkv = pair.sampler.engine.adoption.model.get_submodule("model.layers.0.self_attn.qkv_proj")
+    x = torch.randn(5, qkv.input_size)
+    compiled = torch.compile(lambda x: qkv(x)[0], backend="aot_eager", fullgraph=True)  # as a GPU's graphs need it
+    result["compiled_error"] = (compiled(x) - qkv(x)[0]).abs().max().item()
+    pair.sampler.close()
+    return result
+
+
 def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {kind: sharing(kind) for kind in MODELS}
@@ -296,6 +326,8 @@ def main() -> None:
     results["failures"] = failures(pair)
     pair.sampler.close()
     results["apart"] = apart()
+    results["adapters"] = adapted(LoraConfig(rank=3))
+    results["some adapters"] = adapted(LoraConfig(rank=4, target_modules=["k_proj", "down_proj"], rank_stabilized=True))
     (DIRECTORY / "alone.json").write_text(json.dumps(results))
 
 

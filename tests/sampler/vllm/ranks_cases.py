@@ -12,6 +12,8 @@ class Case:
     learner_pp: int = 1
     learner_ep: int = 1
     sampler_tp: int = 1
+    lora_rank: int = 0
+    """Train adapters, which vLLM computes beside the frozen matrices."""
     bucket_bytes: int = 1 << 14
     """Smaller than a matrix, so that matrices are cut."""
     spoil: bool = False
@@ -22,7 +24,8 @@ class Case:
     @property
     def name(self) -> str:
         experts = f" ep={self.learner_ep}" if self.learner_ep > 1 else ""
-        return f"{self.model} tp={self.learner_tp} pp={self.learner_pp}{experts} -> tp={self.sampler_tp}"
+        adapters = " adapters" if self.lora_rank else ""
+        return f"{self.model}{adapters} tp={self.learner_tp} pp={self.learner_pp}{experts} -> tp={self.sampler_tp}"
 
 
 CASES = (
@@ -34,4 +37,6 @@ CASES = (
     Case(model="llama", learner_pp=2, sampler_tp=2),
     Case(model="qwen3_moe", learner_tp=2, sampler_tp=2),
     Case(model="qwen3_moe", learner_ep=2, sampler_tp=1),
+    Case(model="qwen2", learner_tp=2, sampler_tp=2, lora_rank=3),
+    Case(model="llama", learner_pp=2, sampler_tp=2, lora_rank=3),
 )

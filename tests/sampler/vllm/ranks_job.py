@@ -16,10 +16,12 @@ from ranks_cases import CASES, Case
 from setting import SAMPLING, TRAIN, prompts, settings, short_run
 from vllm.v1.engine.core_client import InprocClient
 
+from fastgrpo.config import LoraConfig
 from fastgrpo.learner.megatron import parallel
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.learner import MegatronLearner
 from fastgrpo.models.hf import load_config
+from fastgrpo.models.lora import add_to_skeleton
 from fastgrpo.sampler.vllm.sampler import VLLMSampler
 from fastgrpo.weights import Exchange
 
@@ -30,11 +32,13 @@ def run(case: Case) -> dict:
     path = str(DIRECTORY / case.model)
     sequence_parallel = case.model == "qwen3_moe" and case.learner_tp > 1  # Megatron's experts want it
     layout = Layout(tp=case.learner_tp, pp=case.learner_pp, ep=case.learner_ep, sp=sequence_parallel)
-    learner = MegatronLearner.from_pretrained(path, layout, TRAIN, num_updates=9)
+    adapters = None
+    if case.lora_rank:
+        adapters = add_to_skeleton(path, LoraConfig(rank=case.lora_rank), dtype=torch.float32, seed=0)
+    learner = MegatronLearner.from_pretrained(path, layout, TRAIN, num_updates=9, adapters=adapters)
     messages: list[str] = []
-    sampler = VLLMSampler(
-        settings(load_config(path), tp=case.sampler_tp), learner.weight_slices, max_restarts=1, notify=messages.append
-    )
+    engine = settings(load_config(path), tp=case.sampler_tp, adapters=adapters.shapes() if adapters else {})
+    sampler = VLLMSampler(engine, learner.weight_slices, max_restarts=1, notify=messages.append)
     try:
         canary = prompts(5)[4].token_ids
         exchange = Exchange(learner, sampler, bucket_bytes=case.bucket_bytes, canary=canary)
@@ -47,6 +51,7 @@ def run(case: Case) -> dict:
         ]
         result = {
             "differences": differences,
+            "trained": learner.policy_version,
             "copied": sampler.copied,
             "num_shared": sum(held.rank == dist.get_rank() for held in plan.shared),
             "num_local": len(plan.copied),

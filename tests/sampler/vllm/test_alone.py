@@ -98,6 +98,27 @@ def test_a_rebuilt_engine_gets_its_copies_again(alone):
     assert alone["apart"]["restored"] == "agree"
 
 
+@pytest.mark.parametrize("which", ["adapters", "some adapters"])
+def test_vllm_computes_adapters_beside_the_learners_matrices(alone, which):
+    found = alone[which]
+    assert len(found["differences"]) == 4
+    assert max(found["differences"]) <= FLOAT32_TOLERANCE
+    assert found["change"] > 0.1
+    assert found["restored"] == "agree"
+    assert found["compiled_error"] == 0
+
+
+def test_only_adapters_are_ever_copied_and_a_stale_one_is_named(alone):
+    """The A's of a layer's q, k and v are one matrix to vLLM, and gate's and up's."""
+    parts = ("self_attn.qkv_proj", "mlp.gate_up_proj")
+    assert set(alone["adapters"]["copied"]) == {f"model.layers.{i}.{part}.lora.A" for i in range(2) for part in parts}
+    sides = "the checksums of the learner (rank 0) and the sampler (rank 0) differ"
+    expected = f"WeightsError: model.layers.0.self_attn.q_proj.lora_A.weight: {sides}{SAME}"
+    assert alone["adapters"]["stale"] == expected
+    assert alone["some adapters"]["copied"] == {}
+    assert alone["some adapters"]["stale"] == "agree"
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

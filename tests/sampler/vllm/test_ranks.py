@@ -14,6 +14,7 @@ def test_the_samplers_logprobs_are_the_learners_after_every_update(ranks, case):
     for rank in ranks:
         differences = rank[case.name]["differences"]
         assert len(differences) == 3
+        assert rank[case.name]["trained"] == 2
         assert max(differences) <= FLOAT32_TOLERANCE
 
 

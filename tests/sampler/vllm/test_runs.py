@@ -75,6 +75,10 @@ def test_a_killed_run_with_vllm_resumes_bit_for_bit(workplace, model):
             ["cluster.device=cuda:1"],
             "cluster.device=cuda:1: vLLM takes the first GPU it sees; use cuda, and set CUDA_VISIBLE_DEVICES",
         ),
+        (
+            ["sampler.merge_adapters=true"],
+            "sampler.merge_adapters=true: it is for sampler=vllm with adapters (model.lora.rank); use false",
+        ),
         (["sampler.proof=some"], "sampler.proof=some: choose one of sampled, full"),
         (["sampler.bucket_mb=0"], "sampler.bucket_mb=0: use a value of at least 1"),
     ],
