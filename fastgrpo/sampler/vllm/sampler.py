@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm import RequestOutput
 from vllm import SamplingParams as VLLMParams
 from vllm.logprobs import FlatLogprobs
+from vllm.sampling_params import RequestOutputKind
 
 from fastgrpo.models.experts import choice_dtype, layers_with_experts
 from fastgrpo.ranks import Ranks
@@ -50,6 +51,7 @@ class Request:
             logprobs=0,  # the drawn token's alone
             flat_logprobs=True,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # else vLLM makes an answer out of every token
         )
 
 
