@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,12 +29,14 @@ from fastgrpo.types import Prompt, SamplingParams
 CHECK_EVERY = 10
 NUM_CHECKED = 256
 MAX_TOKENS = 8192
+OF_NO_MATTER = ("cache_dir", "lora", "tokenizer_path")
+"""Keys of `model` that do not change the warm-started model."""
 
 
 def cached_path(config: Config, alphabet: str) -> Path:
     """Where the warm-started model of this configuration is, or will be, kept."""
     made_by = {
-        "model": {key: value for key, value in asdict(config.model).items() if key != "cache_dir"},
+        "model": {key: value for key, value in asdict(config.model).items() if key not in OF_NO_MATTER},
         "operation": config.data.operation,
         "num_digits": config.data.num_digits,
         "num_problems": config.data.num_problems,
@@ -109,9 +111,11 @@ def _supervised(prompts: list[Prompt], solutions: dict[str, torch.Tensor]) -> li
 
 def store(model: CausalLM, tokenizer, path: Path) -> None:
     """Keep the model at `path`, whole or not at all."""
-    beside = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_pretrained(model, tokenizer, beside)
-    shutil.rmtree(path, ignore_errors=True)
-    beside.rename(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as beside:
+        save_pretrained(model, tokenizer, Path(beside, "hf"))
+        try:
+            Path(beside, "hf").rename(path)
+        except OSError:
+            if not path.is_dir():  # else another run was first, with the same
+                raise
