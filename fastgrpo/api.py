@@ -57,8 +57,7 @@ def train(
             held_out = f"data.eval_size={int(HELD_OUT * len(rows))}"
             arguments = ["data=jsonl", f"data.path={path}", held_out, *answers, *arguments]
         config, text = compose("train", with_run_dir(with_shorthands(arguments)))
-        run(config, text, reward=reward)
-    run_dir = Path(config.run.dir)
+        _, run_dir = run(config, text, reward=reward)
     return TrainResult(run_dir=run_dir, metrics=read_jsonl(run_dir / "metrics.jsonl"))
 
 

@@ -88,7 +88,7 @@ def report(arguments: list[str]) -> int:
     """Write report.html of a run again: `fastgrpo report [run.dir=PATH]`."""
     from fastgrpo.report import write_report
 
-    directory = Path(value_of(arguments, "run.dir") or RUNS / "latest")
+    directory = Path(value_of(arguments, "run.dir") or RUNS / "latest").expanduser()
     if not (directory / "metrics.jsonl").is_file():
         raise UserError(f"run.dir={directory}: no metrics.jsonl there; give a run's directory")
     print(write_report(directory))
@@ -177,7 +177,7 @@ def hydra_errors_in_one_line(schema: type = Config) -> Iterator[None]:
 def _train(config: Config, text: str) -> int:
     from fastgrpo.run import run
 
-    signum = run(config, text)
+    signum, _ = run(config, text)
     return 128 + signum if signum else 0
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fastgrpo.plan import Plan
 
 
-def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> int | None:
-    """Train, export and report. Returns the signal that stopped the run early, or None.
+def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> tuple[int | None, Path]:
+    """Train, export and report. Returns the signal that stopped the run early, or None, and the run's directory.
 
     text: the resolved configuration as YAML, kept as run.dir/config.yaml. Raises UserError for what the user can mend.
     """
@@ -48,7 +48,7 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
             if stop.signum is None and config.checkpoint.export:
                 parts.export(run_dir / "hf")
             if not ranks.is_main:
-                return stop.signum
+                return stop.signum, run_dir
             page = write_report(run_dir)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -60,7 +60,7 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
             parts.console.message(f"done: {policy}the report in {page}")
         else:
             parts.console.message(f"stopped after step {parts.step}, saved; go on with run.dir={run_dir} resume=auto")
-    return stop.signum
+    return stop.signum, run_dir
 
 
 def evaluate_only(config: Config) -> dict[str, float]:

@@ -168,7 +168,7 @@ def test_merged_matrices_follow_the_adapters_in_fused_memory(kind):
 
 def trained(model, *more):
     config, text = compose("train", with_shorthands(small_run(model, "run.console=none", *more)))
-    assert run(config, text) is None
+    assert run(config, text)[0] is None
     return config
 
 
