@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from bench_learner import MODELS, random_model
 from harness import RESULTS, Table
+from models import MODELS, random_model
 from torch import Tensor
 
 from fastgrpo.config import TrainConfig

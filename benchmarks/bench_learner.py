@@ -22,7 +22,6 @@ activations, prompts computed again for every completion and padding count nothi
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import os
 import time
@@ -34,39 +33,18 @@ import torch.distributed as dist
 import transformers
 from harness import RESULTS, Table
 from learner_peers import agree, hugging_face, pad, trl
+from models import MODELS, random_model
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.data.packing import Sequence, pack
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.layout import Layout
-from fastgrpo.learner.megatron.learner import MegatronLearner
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models.hf import prepare
 from fastgrpo.types import PackedBatch
 
 PROVIDERS = ("fastgrpo-megatron", "fastgrpo-torch", "trl", "hugging-face")
-HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
-MODELS = {
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": 4096,
-    },
-    "qwen3-0.6b": {**HEADS, "hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936},
-    "qwen3-1.7b": {**HEADS, "hidden_size": 2048, "intermediate_size": 6144, "vocab_size": 151936},
-}
-
-
-def random_model(config: transformers.PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
-    """The same random weights on every rank and for every provider."""
-    torch.manual_seed(0)
-    # A copy, because TRL gives its model's configuration a padding token, whose row would begin at zero.
-    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)
 
 
 def rollouts(args: argparse.Namespace, vocab_size: int) -> list[Sequence]:
@@ -157,6 +135,8 @@ def make_update(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     full = args.activation_checkpoint == "full"
     if name == "fastgrpo-megatron":
+        from fastgrpo.learner.megatron.learner import MegatronLearner  # the others run without Megatron
+
         read = random_model(config, dtype).state_dict().__getitem__
         kwargs = {"dtype": dtype, "activation_checkpoint": args.activation_checkpoint}
         kwargs |= {"overlap_grad_reduce": args.overlap_grad_reduce}
