@@ -73,10 +73,13 @@ def check_contract(contract: LogprobContract, objective: Objective) -> None:
 
 def set_up_torch(config: Config) -> None:
     """Threads, determinism and whose attention, for the whole process. Raises UserError for one that is not there."""
-    attention, on_cpu = config.cluster.attention, device_of(config)[0] == "cpu"
+    attention, device = config.cluster.attention, device_of(config)[0]
+    on_cpu = device == "cpu"
     if on_cpu and attention != "auto":
         raise UserError(f"cluster.attention={attention}: it is a GPU's and this run is on a CPU; use auto")
     if not on_cpu:
+        if ":" in device:
+            torch.cuda.set_device(device)  # kernels are launched on the current one, wherever their tensors are
         try:
             varlen_kernels.choose(attention)
         except ValueError as error:
@@ -166,12 +169,6 @@ def assemble(
         sampler, sampling_ranks = make_sampler(config, learner, model, adapters, prompts, plan, console.message)
         if sampler is not None:
             stack.callback(sampler.close)
-        if config.resume != "no":
-            checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
-        log = None
-        if ranks.is_main and not only_evaluates:
-            resume_step = state["step"] if checkpoint else _fresh_start(config, run_dir)
-            log = stack.enter_context(open_log(config, run_dir, resume_step, console.message))
         exchange = make_exchange(config, learner, sampler, prompts, console.message)
         planned: dict[Phase, int] = {"train": plan.train, "rollout": plan.rollout} if plan.on_gpu else {}
         sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
@@ -182,6 +179,14 @@ def assemble(
         console.banner(
             config.run.name, batch_algebra(config, prompts, learner.ranks.num_ranks, described, model.config)
         )
+        # Nothing can be refused any more, so what a resumed run begins anew may go.
+        if config.resume != "no":
+            checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
+        log = None
+        if ranks.is_main and not only_evaluates:
+            # resume=auto on a run that was killed before its first checkpoint keeps no row.
+            resume_step = state["step"] if checkpoint else -1 if config.resume != "no" else None
+            log = stack.enter_context(open_log(config, run_dir, resume_step, console.message))
         stack.enter_context(console)
         yield Run(
             config=config,
@@ -233,11 +238,6 @@ def open_log(config: Config, run_dir: Path, resume_step: int | None, notify: Cal
         config=asdict(config),
         notify=notify,
     )
-
-
-def _fresh_start(config: Config, run_dir: Path) -> int | None:
-    """resume=auto on a run that was killed before its first checkpoint begins it anew; resume=no refuses its files."""
-    return -1 if config.resume != "no" else None
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints, notify: Callable[[str], None]) -> Checkpoint | None:

@@ -31,6 +31,11 @@ def device_of(config: Config) -> tuple[str, torch.dtype]:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"cluster.device={name}: this machine has no CUDA device; use cpu or auto")
+    takes_gpus = config.learner.kind == "megatron" or config.sampler.kind == "vllm"
+    if device == "cpu" and takes_gpus and torch.cuda.is_available():
+        raise UserError(
+            "cluster.device=cpu: Megatron and vLLM compute on the GPU that they see; hide it with CUDA_VISIBLE_DEVICES="
+        )
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtypes["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
     return device, dtypes[config.cluster.dtype]

@@ -7,9 +7,11 @@ that it was measured, the file stays valid JSON, and a column read by pandas sta
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -147,9 +149,7 @@ class MetricsLog:
         self.run_dir = Path(run_dir)
         self._notify = notify
         names = list(dict.fromkeys(trackers))
-        for name in names:
-            if name not in _TRACKERS:
-                raise UserError(f"run.trackers={name}: choose any of {', '.join(_TRACKERS)}")
+        check_trackers(names)
         paths = [self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"]
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for path in paths:
@@ -157,7 +157,7 @@ class MetricsLog:
                 keep_until(path, resume_step)
             elif path.exists() and path.stat().st_size:
                 raise UserError(f"run.dir={run_dir} holds a run already: set resume=auto or another run.dir")
-        self._trackers = {name: _start_tracker(name, self.run_dir, resume_step, run_name, config) for name in names}
+        self._trackers = {name: _TRACKERS[name](self.run_dir, resume_step, run_name, config) for name in names}
         self._metrics, self._samples = (open(path, "ab") for path in paths)  # noqa: SIM115
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -325,16 +325,14 @@ _TRACKERS: dict[str, Callable[[Path, int | None, str, Mapping[str, Any]], Tracke
 }
 
 
-def _start_tracker(
-    name: str, run_dir: Path, resume_step: int | None, run_name: str, config: Mapping[str, Any]
-) -> Tracker:
-    try:
-        return _TRACKERS[name](run_dir, resume_step, run_name, config)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != name:
-            raise
-        package = name if name == "tensorboard" else f"fastgrpo[{name}]"
-        raise UserError(f"run.trackers={name}: {name} is not installed; pip install {package}") from None
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise UserError for one that does not exist or is not installed."""
+    for name in names:
+        if name not in _TRACKERS:
+            raise UserError(f"run.trackers={name}: choose any of {', '.join(_TRACKERS)}")
+        if sys.modules.get(name) is None and importlib.util.find_spec(name) is None:
+            package = name if name == "tensorboard" else f"fastgrpo[{name}]"
+            raise UserError(f"run.trackers={name}: {name} is not installed; pip install {package}")
 
 
 def _known_run(run_dir: Path, tracker: str) -> str | None:

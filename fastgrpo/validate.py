@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.metrics import check_trackers
 
 
 def validate(config: Config, num_ranks: int | None = None) -> list[str]:
@@ -52,6 +53,7 @@ def _choices(config: Config) -> None:
     _one_of("cluster.dtype", config.cluster.dtype, ("auto", "float32", "bfloat16"))
     _one_of("cluster.attention", config.cluster.attention, ("auto", "torch", "flash_attn", "flash_attn_3"))
     _one_of("run.console", config.run.console, ("auto", "live", "plain", "none"))
+    check_trackers(config.run.trackers)
     if config.cluster.device not in ("auto", "cpu", "cuda") and not config.cluster.device.startswith("cuda:"):
         refuse("cluster.device", config.cluster.device, "choose auto, cpu, cuda or cuda:N")
 
@@ -159,12 +161,20 @@ def _combinations(config: Config, num_ranks: int) -> None:
             "the sampler's probabilities are renormalised by top_p, top_k or min_new_tokens, so the weights would be "
             "wrong; use sampling.top_p=1, sampling.top_k=0, sampling.min_new_tokens=0, or importance_level=none",
         )
+    if algorithm.importance_mode == "mask" and algorithm.importance_level == "none":
+        refuse("algorithm.importance_mode", "mask", "it masks by weights; set importance_level=token or sequence")
     if algorithm.importance_floor > 0 and algorithm.importance_mode != "mask":
         refuse("algorithm.importance_floor", algorithm.importance_floor, "it bounds importance_mode=mask; set that too")
     if algorithm.importance_floor > algorithm.importance_cap:
         refuse("algorithm.importance_floor", algorithm.importance_floor, "use at most algorithm.importance_cap")
     if sampling.min_new_tokens > sampling.max_new_tokens:
         refuse("sampling.min_new_tokens", sampling.min_new_tokens, "use at most sampling.max_new_tokens")
+    if algorithm.overlong_buffer and algorithm.advantage == "process":
+        refuse(
+            "algorithm.overlong_buffer",
+            algorithm.overlong_buffer,
+            "it softens a completion's reward, and advantage=process compares its steps' alone; use 0",
+        )
     if algorithm.overlong_buffer > sampling.max_new_tokens:
         refuse("algorithm.overlong_buffer", algorithm.overlong_buffer, "use at most sampling.max_new_tokens")
     if algorithm.kl_coef == 0 and algorithm.reference.schedule != "fixed":
@@ -197,6 +207,8 @@ def _layout(config: Config, num_ranks: int) -> None:
     """What the torch learner cannot do; whether a layout fits a model is for learner/megatron/layout.py."""
     learner = config.learner
     if learner.kind != "torch":
+        if config.cluster.device.startswith("cuda:"):
+            refuse("cluster.device", config.cluster.device, "torchrun gives every process a GPU of its own; use cuda")
         return
     for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False), ("cp", 1), ("ep", 1), ("stage_layers", None)):
         if getattr(learner, key) != plain:
@@ -267,7 +279,7 @@ def _oversampling(config: Config) -> None:
 
 
 def _places(config: Config) -> None:
-    """Files that must be there and folders that must be writable, found out before minutes are spent."""
+    """Files that must be there, found out before minutes are spent."""
     for key in ("data.path", "data.eval_path"):
         path = _get(config, key)
         if path is not None and config.data.source in ("jsonl", "parquet") and not Path(path).expanduser().is_file():

@@ -107,6 +107,19 @@ CONFIGURATION = {
         "algorithm.importance_floor=0.5",
         "algorithm.importance_floor=0.5: it bounds importance_mode=mask; set that too",
     ),
+    "one GPU for all ranks": (
+        ["learner=megatron", "cluster.device=cuda:1"],
+        "cluster.device=cuda:1: torchrun gives every process a GPU of its own; use cuda",
+    ),
+    "mask of no weights": (
+        "algorithm.importance_mode=mask",
+        "algorithm.importance_mode=mask: it masks by weights; set importance_level=token or sequence",
+    ),
+    "softened steps": (
+        ["algorithm.advantage=process", "algorithm.overlong_buffer=4"],
+        "algorithm.overlong_buffer=4: it softens a completion's reward, and advantage=process compares its steps' "
+        "alone; use 0",
+    ),
     "adapters twice": (
         ["model.lora.rank=4", "model.lora.path=there"],
         "model.lora.rank=4: the adapters of model.lora.path have their own; leave one of the two out",

@@ -217,6 +217,7 @@ def test_a_failing_tracker_does_not_end_the_run(tmp_path, monkeypatch):
         def log(self, step, row):
             raise ConnectionError("no route to host")
 
+    monkeypatch.setitem(sys.modules, "wandb", Away)
     monkeypatch.setattr("fastgrpo.metrics._TRACKERS", {"wandb": Away})
     notices = []
     with make_log(tmp_path, trackers=["wandb"], notify=notices.append) as log:

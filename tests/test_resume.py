@@ -342,6 +342,14 @@ def test_another_model_is_refused_on_resume(finished, tiny_llama):
     assert checkpoints(finished) == list(CHECKPOINTS)
 
 
+def test_a_refusal_loses_no_later_checkpoint(finished, tiny_qwen2):
+    fail = partial(fail_at, "fastgrpo.assemble:make_exchange", 1)
+    arguments = [argument for argument in settings(tiny_qwen2) if argument != "run.dir=run"]
+    ended = fastgrpo(*arguments, "resume=run/checkpoints/step-000002", install=fail)
+    assert (ended.code, ended.err) == (2, "fastgrpo: a failure\n")
+    assert checkpoints(finished) == list(CHECKPOINTS)
+
+
 def test_a_reference_that_was_not_saved_is_missed_on_resume(workplace, tiny_qwen2):
     short = ["train", *small_run(tiny_qwen2, "train.num_steps=1")]
     assert fastgrpo(*short, "algorithm.kl_coef=0").code == 0
