@@ -12,7 +12,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from vllm.v1.sample import sampler as vllm_sampler
 
 from fastgrpo.sampler.vllm.adopt import LOAD_FORMAT, Adoption, adopting
 from fastgrpo.sampler.vllm.low_rank import Shapes
+from fastgrpo.sampler.vllm.pools import pools_outlive_tensors
 from fastgrpo.types import WeightSlice
 
 SLACK_STEPS = 64
@@ -124,13 +125,18 @@ class Engine:
 
     def close(self) -> None:
         """Free everything; the process group stays where it was not vLLM's own."""
-        engine, self._llm = self._llm, None
-        with _kept_process_group() if self._group_is_ours else nullcontext():
-            if engine is not None:
-                engine.engine_core.shutdown()
-            else:  # a constructor that failed leaves vLLM's groups behind
-                parallel_state.cleanup_dist_env_and_memory()
         self.adoption.model = None
+        with _kept_process_group() if self._group_is_ours else nullcontext(), pools_outlive_tensors():
+            if self._llm is None:  # a constructor that failed leaves vLLM's groups behind
+                parallel_state.cleanup_dist_env_and_memory()
+            else:
+                # The LLMEngine first: vLLM 0.26's holds the model, whose layers hold the KV cache.
+                core, self._llm = self._llm.engine_core, None
+                if core.is_sleeping():
+                    with suppress(RuntimeError):  # no room; what is not mapped only complains when it is freed
+                        core.wake_up()
+                core.shutdown()
+                del core
         for file in glob.glob(f"/dev/shm/*{_job()}*"):
             Path(file).unlink(missing_ok=True)
 

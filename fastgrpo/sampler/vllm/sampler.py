@@ -201,6 +201,7 @@ class VLLMSampler:
                     f"vLLM failed {restart + 1} times in a row (sampler.max_restarts={restart}): {failure}"
                 ) from error
             self.notify(f"vLLM failed ({failure}); restarting it, {restart + 1} of {self.max_restarts}")
+            error = None  # whose traceback holds the broken engine, and so the memory that the next one needs
             self.restart()
         raise AssertionError("unreachable")
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import random
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -267,12 +269,65 @@ def failures(pair: Pair) -> dict[str, Any]:
         client.engine_core.step_fn = lambda: ({}, False)
         return EngineCoreOutputs()
 
-    result = {how.__name__: outcome(how, 1) for how in (raises, drops, stands_still)}
+    result: dict[str, Any] = {"gone": gone_when(pair, lambda: outcome(raises, 1))}
+    result |= {how.__name__: outcome(how, 1) for how in (raises, drops, stands_still)}
     result["nothing"] = outcome()
     result["proof"] = pair.proof()
     result["copied"] = pair.sampler.copied
     result["twice"] = outcome(raises, 2)
     return result
+
+
+def gone_when(pair: Pair, restarts: Callable[[], Any]) -> dict[str, bool]:
+    """Whether the broken engine was gone when its memory was freed, and its KV cache when the next one was built."""
+    engine, shutdown, offer = weakref.ref(pair.sampler.engine.llm), InprocClient.shutdown, pair.sampler.offer
+    runner = pair.sampler.engine.llm.model_executor.driver_worker.worker.model_runner
+    kv_cache, gone = weakref.ref(runner.kv_caches[0]), {}
+    del runner
+
+    def shutting_down(client):
+        gone["engine"] = engine() is None
+        shutdown(client)
+
+    def offering():
+        gone["kv_cache"] = kv_cache() is None
+        return offer()
+
+    InprocClient.shutdown, pair.sampler.offer = shutting_down, offering
+    try:
+        restarts()
+    finally:
+        InprocClient.shutdown, pair.sampler.offer = shutdown, offer
+    return gone
+
+
+def pools() -> list[str]:
+    """What happens in which order to the memory that sleeps, at the end of an engine: here a pool that is none."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    pair, happened = Pair("qwen2"), []
+    shutdown = InprocClient.shutdown
+
+    class Pool:
+        def __del__(self):
+            happened.append("pool freed")
+
+    class Allocator:
+        def __del__(self):
+            happened.append("allocator freed")
+
+    def shutting_down(client):
+        CuMemAllocator.instance.allocator_and_pools.clear()  # as a GPU's worker does
+        shutdown(client)
+        happened.append("shut down")
+
+    known = SimpleNamespace(allocator_and_pools={"kv_cache": (Pool(), Allocator())})
+    CuMemAllocator.instance, InprocClient.shutdown = known, shutting_down
+    try:
+        pair.sampler.close()
+    finally:
+        CuMemAllocator.instance, InprocClient.shutdown = None, shutdown
+    return happened
 
 
 def apart() -> dict[str, Any]:
@@ -328,6 +383,7 @@ def main() -> None:
     results["apart"] = apart()
     results["adapters"] = adapted(LoraConfig(rank=3))
     results["some adapters"] = adapted(LoraConfig(rank=4, target_modules=["k_proj", "down_proj"], rank_stabilized=True))
+    results["pools"] = pools()
     (DIRECTORY / "alone.json").write_text(json.dumps(results))
 
 

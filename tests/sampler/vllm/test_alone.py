@@ -132,6 +132,14 @@ def test_a_failed_engine_is_rebuilt_and_the_rollout_drawn_again(alone, how, mess
     assert alone["failures"]["nothing"] == ""
 
 
+def test_a_broken_engine_is_gone_before_the_next_is_built(alone):
+    assert alone["failures"]["gone"] == {"engine": True, "kv_cache": True}
+
+
+def test_sleeping_memory_is_freed_after_the_engine_and_what_frees_it_stays(alone):
+    assert alone["pools"] == ["shut down", "pool freed"]
+
+
 def test_a_rebuilt_engine_adopts_the_learners_tensors_again(alone):
     assert alone["failures"]["proof"] == "agree"
     assert alone["failures"]["copied"] == {}
