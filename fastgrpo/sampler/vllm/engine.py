@@ -77,7 +77,10 @@ class Engine:
             try:
                 _make_cheap_to_start(settings)
                 with kept_process_state(), _shared_memory_names(), adopting(self.adoption), _without_warnings():
-                    self._llm = LLMEngine.from_engine_args(_engine_args(settings, directory))
+                    config = _engine_args(settings, directory).create_engine_config()
+                    # A part of the key under which compiled code is kept, and the directory is another one every time.
+                    config.model_config.model = "fastgrpo"
+                    self._llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
             except BaseException:
                 self.close()
                 raise
@@ -181,6 +184,7 @@ def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
         optional["additional_config"] = {"adapters": sorted([k, *v] for k, v in settings.adapters.items())}
     return EngineArgs(
         model=directory,
+        hf_config_path=directory,
         skip_tokenizer_init=True,
         load_format=LOAD_FORMAT,
         dtype="bfloat16" if settings.dtype == torch.bfloat16 else "float32",

@@ -330,6 +330,16 @@ def pools() -> list[str]:
     return happened
 
 
+def keys() -> list[str]:
+    """Of the compiled code of two engines of one model, and of one of another."""
+    found = []
+    for kind in ("qwen2", "qwen2", "qwen3"):
+        pair = Pair(kind)
+        found.append(pair.sampler.engine.llm.vllm_config.compute_hash())
+        pair.sampler.close()
+    return found
+
+
 def apart() -> dict[str, Any]:
     """A learner whose memory vLLM cannot take as it is: a copy, kept up to date and proven by its checksums."""
 
@@ -383,7 +393,7 @@ def main() -> None:
     results["apart"] = apart()
     results["adapters"] = adapted(LoraConfig(rank=3))
     results["some adapters"] = adapted(LoraConfig(rank=4, target_modules=["k_proj", "down_proj"], rank_stabilized=True))
-    results["pools"] = pools()
+    results["pools"], results["keys"] = pools(), keys()
     (DIRECTORY / "alone.json").write_text(json.dumps(results))
 
 

@@ -140,6 +140,11 @@ def test_sleeping_memory_is_freed_after_the_engine_and_what_frees_it_stays(alone
     assert alone["pools"] == ["shut down", "pool freed"]
 
 
+def test_compiled_code_is_found_again_by_the_next_engine_of_a_model_alone(alone):
+    first, again, other = alone["keys"]
+    assert first == again != other
+
+
 def test_a_rebuilt_engine_adopts_the_learners_tensors_again(alone):
     assert alone["failures"]["proof"] == "agree"
     assert alone["failures"]["copied"] == {}
