@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from vllm import EngineArgs, ModelRegistry, RequestOutput, SamplingParams
 from vllm.distributed import parallel_state
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample import sampler as vllm_sampler
 
@@ -77,7 +78,7 @@ class Engine:
             try:
                 _make_cheap_to_start(settings)
                 with kept_process_state(), _shared_memory_names(), adopting(self.adoption), _without_warnings():
-                    config = _engine_args(settings, directory).create_engine_config()
+                    config = _engine_args(settings, directory, offered).create_engine_config()
                     # A part of the key under which compiled code is kept, and the directory is another one every time.
                     config.model_config.model = "fastgrpo"
                     self._llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
@@ -158,16 +159,17 @@ def _check_supported(settings: EngineSettings) -> None:
             raise ValueError(f"on a CPU its attention has heads of {', '.join(map(str, known))}, but not of {size}")
 
 
-def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
+def _engine_args(settings: EngineSettings, directory: str, offered: list[WeightSlice]) -> EngineArgs:
     on_cpu = settings.device == "cpu"
     optional: dict[str, Any] = {}
     if settings.gpu_memory_utilization is not None:
         optional["gpu_memory_utilization"] = settings.gpu_memory_utilization
+        if not on_cpu and not hasattr(BaseModelLoader, "get_external_weight_memory"):
+            optional["gpu_memory_utilization"] -= sum(s.tensor.nbytes for s in offered) / _gpu_bytes()
     if settings.kv_cache_bytes is not None:
         optional["kv_cache_memory_bytes"] = settings.kv_cache_bytes
         if not on_cpu:  # vLLM wants this share to be free all the same, and its default is nearly everything
-            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-            optional["gpu_memory_utilization"] = settings.kv_cache_bytes / total
+            optional["gpu_memory_utilization"] = settings.kv_cache_bytes / _gpu_bytes()
     if on_cpu:
         optional |= {
             "block_size": 32,  # a prompt is shared by whole blocks only, and the default is 128 tokens
@@ -178,6 +180,9 @@ def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
         }
     elif hasattr(settings.config, "num_experts") and hasattr(EngineArgs, "moe_backend"):
         optional["moe_backend"] = "triton"  # others shuffle the experts into a form of their own
+    if not on_cpu and settings.dtype != torch.float32:
+        # As the learner's: rounded to bfloat16, logits of 16 and more are up to 0.06 off, in what is drawn from too.
+        optional["hf_overrides"] = {"head_dtype": "float32"}
     if settings.returns_routed_experts:
         optional["enable_return_routed_experts"] = True
     if settings.adapters:  # they change the computation, which vLLM may find compiled in its cache
@@ -201,6 +206,10 @@ def _engine_args(settings: EngineSettings, directory: str) -> EngineArgs:
         disable_log_stats=True,
         **optional,
     )
+
+
+def _gpu_bytes() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def _make_cheap_to_start(settings: EngineSettings) -> None:

@@ -330,6 +330,30 @@ def pools() -> list[str]:
     return happened
 
 
+def gpu_arguments() -> dict[str, Any]:
+    """What an engine for a GPU is asked for."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    from fastgrpo.sampler.vllm import engine
+
+    offered = TorchLearner(load(DIRECTORY, "qwen2"), TRAIN, num_updates=1).weight_slices()
+    weights = sum(s.tensor.nbytes for s in offered)
+    engine._gpu_bytes = lambda: 4 * weights
+    known = {"config": None, "device": "cuda", "dtype": torch.bfloat16, "enforce_eager": False, "sleeps": True}
+    arguments = engine._engine_args(settings(**{**known, "kv_cache_bytes": weights}), "", offered)
+    share = {"kv_cache_bytes": None, "gpu_memory_utilization": 0.75}
+    result = {
+        "head": arguments.hf_overrides,
+        "free": arguments.gpu_memory_utilization,
+        "share": engine._engine_args(settings(**known, **share), "", offered).gpu_memory_utilization,
+    }
+    hook = BaseModelLoader.get_external_weight_memory
+    del BaseModelLoader.get_external_weight_memory
+    result["older_share"] = engine._engine_args(settings(**known, **share), "", offered).gpu_memory_utilization
+    BaseModelLoader.get_external_weight_memory = hook
+    return result
+
+
 def keys() -> list[str]:
     """Of the compiled code of two engines of one model, and of one of another."""
     found = []
@@ -394,6 +418,7 @@ def main() -> None:
     results["adapters"] = adapted(LoraConfig(rank=3))
     results["some adapters"] = adapted(LoraConfig(rank=4, target_modules=["k_proj", "down_proj"], rank_stabilized=True))
     results["pools"], results["keys"] = pools(), keys()
+    results["gpu_arguments"] = gpu_arguments()
     (DIRECTORY / "alone.json").write_text(json.dumps(results))
 
 
