@@ -34,7 +34,7 @@ from fastgrpo.types import WeightSlice
 
 SLACK_STEPS = 64
 MAX_BATCHED_TOKENS = 2048
-"""Of one step on a CPU."""
+"""Of one step, where it need not take more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,21 +162,18 @@ def _check_supported(settings: EngineSettings) -> None:
 def _engine_args(settings: EngineSettings, directory: str, offered: list[WeightSlice]) -> EngineArgs:
     on_cpu = settings.device == "cpu"
     optional: dict[str, Any] = {}
-    if settings.gpu_memory_utilization is not None:
-        optional["gpu_memory_utilization"] = settings.gpu_memory_utilization
-        if not on_cpu and not hasattr(BaseModelLoader, "get_external_weight_memory"):
-            optional["gpu_memory_utilization"] -= sum(s.tensor.nbytes for s in offered) / _gpu_bytes()
     if settings.kv_cache_bytes is not None:
         optional["kv_cache_memory_bytes"] = settings.kv_cache_bytes
-        if not on_cpu:  # vLLM wants this share to be free all the same, and its default is nearly everything
-            optional["gpu_memory_utilization"] = settings.kv_cache_bytes / _gpu_bytes()
+    if not on_cpu:
+        optional["gpu_memory_utilization"] = _gpu_share(settings, offered)
+    elif settings.gpu_memory_utilization is not None:
+        optional["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if on_cpu:
         optional |= {
             "block_size": 32,  # a prompt is shared by whole blocks only, and the default is 128 tokens
             "async_scheduling": False,
             # After a prompt's first part vLLM winds its generator back, which a CPU's cannot do: prompts stay whole.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, settings.max_model_len),
         }
     elif hasattr(settings.config, "num_experts") and hasattr(EngineArgs, "moe_backend"):
         optional["moe_backend"] = "triton"  # others shuffle the experts into a form of their own
@@ -198,6 +195,7 @@ def _engine_args(settings: EngineSettings, directory: str, offered: list[WeightS
         distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_sequences,
+        max_num_batched_tokens=max(MAX_BATCHED_TOKENS, settings.max_sequences, settings.max_model_len if on_cpu else 0),
         enforce_eager=settings.enforce_eager or on_cpu,
         enable_prefix_caching=True,
         enable_sleep_mode=settings.sleeps,
@@ -206,6 +204,16 @@ def _engine_args(settings: EngineSettings, directory: str, offered: list[WeightS
         disable_log_stats=True,
         **optional,
     )
+
+
+def _gpu_share(settings: EngineSettings, offered: list[WeightSlice]) -> float:
+    """What vLLM wants to be free at its start, of the GPU. From 0.32 on it takes the adopted weights off by itself."""
+    weights, total = sum(s.tensor.nbytes for s in offered), _gpu_bytes()
+    off = weights / total if hasattr(BaseModelLoader, "get_external_weight_memory") else 0.0
+    if settings.gpu_memory_utilization is not None:
+        return settings.gpu_memory_utilization - weights / total + off
+    assert settings.kv_cache_bytes is not None
+    return settings.kv_cache_bytes / total + off
 
 
 def _gpu_bytes() -> int:

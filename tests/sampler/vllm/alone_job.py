@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from setting import (
@@ -340,17 +341,17 @@ def gpu_arguments() -> dict[str, Any]:
     weights = sum(s.tensor.nbytes for s in offered)
     engine._gpu_bytes = lambda: 4 * weights
     known = {"config": None, "device": "cuda", "dtype": torch.bfloat16, "enforce_eager": False, "sleeps": True}
-    arguments = engine._engine_args(settings(**{**known, "kv_cache_bytes": weights}), "", offered)
-    share = {"kv_cache_bytes": None, "gpu_memory_utilization": 0.75}
-    result = {
-        "head": arguments.hf_overrides,
-        "free": arguments.gpu_memory_utilization,
-        "share": engine._engine_args(settings(**known, **share), "", offered).gpu_memory_utilization,
-    }
-    hook = BaseModelLoader.get_external_weight_memory
-    del BaseModelLoader.get_external_weight_memory
-    result["older_share"] = engine._engine_args(settings(**known, **share), "", offered).gpu_memory_utilization
-    BaseModelLoader.get_external_weight_memory = hook
+    arguments = engine._engine_args(settings(**known, kv_cache_bytes=weights, max_sequences=4096), "", offered)
+    share = settings(**known, kv_cache_bytes=None, gpu_memory_utilization=0.75)
+
+    def shares() -> list[float]:
+        asked = (settings(**known, kv_cache_bytes=weights), share)
+        return [engine._engine_args(wanted, "", offered).gpu_memory_utilization for wanted in asked]
+
+    result = {"head": arguments.hf_overrides, "tokens": arguments.max_num_batched_tokens, "shares": shares()}
+    with patch.object(BaseModelLoader, "get_external_weight_memory"):
+        del BaseModelLoader.get_external_weight_memory
+        result["older_shares"] = shares()
     return result
 
 
