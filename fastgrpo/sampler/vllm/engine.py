@@ -29,7 +29,7 @@ from vllm.v1.sample import sampler as vllm_sampler
 
 from fastgrpo.sampler.vllm.adopt import LOAD_FORMAT, Adoption, adopting
 from fastgrpo.sampler.vllm.low_rank import Shapes
-from fastgrpo.sampler.vllm.pools import pools_outlive_tensors
+from fastgrpo.sampler.vllm.pools import kept_allocator_settings, pools_outlive_tensors
 from fastgrpo.types import WeightSlice
 
 SLACK_STEPS = 64
@@ -77,7 +77,13 @@ class Engine:
             _write_config(settings, Path(directory))
             try:
                 _make_cheap_to_start(settings)
-                with kept_process_state(), _shared_memory_names(), adopting(self.adoption), _without_warnings():
+                with (
+                    kept_process_state(),
+                    kept_allocator_settings(),
+                    _shared_memory_names(),
+                    adopting(self.adoption),
+                    _without_warnings(),
+                ):
                     config = _engine_args(settings, directory, offered).create_engine_config()
                     # A part of the key under which compiled code is kept, and the directory is another one every time.
                     config.model_config.model = "fastgrpo"

@@ -1,17 +1,20 @@
-"""The memory of sleep mode, at the end of an engine.
+"""The allocators that sleep mode brings, and torch's own.
 
-vLLM's worker ends by dropping its pools, and with them the allocators that their memory goes back to. Tensors that are
+An engine ends by dropping its pools, and with them the allocators that their memory goes back to. Tensors that are
 alive then are freed later, and torch calls the allocator that is no more: the process ends ("pure virtual method
-called", pytorch#145168). Where one engine follows another in a process, that is the next one's first free.
+called", pytorch#145168). Where one engine follows another in a process, that is when the next one begins.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+import torch
 
 _allocators: list[Any] = []
 """Of all engines so far: small, and asked for as long as any of their memory is in use."""
@@ -33,3 +36,12 @@ def pools_outlive_tensors() -> Iterator[None]:
     gc.collect()
     with suppress(SystemError):  # an error left by the callback of a segment that vLLM has freed by hand
         pools.clear()
+
+
+@contextmanager
+def kept_allocator_settings() -> Iterator[None]:
+    """Around the making of an engine: vLLM 0.26 sets one of torch's options, and torch then forgets the user's."""
+    yield
+    asked = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
+    if asked and torch.cuda.is_available():
+        torch.cuda.memory._set_allocator_settings(asked)

@@ -6,6 +6,7 @@ Writes what it found to DIRECTORY/alone.json.
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import weakref
@@ -42,6 +43,7 @@ from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models.lora import add_adapters
 from fastgrpo.sampler.draw import _cut as cut
 from fastgrpo.sampler.vllm.engine import MAX_BATCHED_TOKENS
+from fastgrpo.sampler.vllm.pools import kept_allocator_settings
 from fastgrpo.sampler.vllm.sampler import VLLMSampler
 from fastgrpo.types import SamplingParams
 from fastgrpo.weights import Exchange
@@ -331,6 +333,19 @@ def pools() -> list[str]:
     return happened
 
 
+def allocator_settings() -> list[str]:
+    """What torch is told after an engine was made where a user had asked for something."""
+    told: list[str] = []
+    with (
+        patch.dict(os.environ, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
+        patch.object(torch.cuda.memory, "_set_allocator_settings", told.append),
+        patch.object(torch.cuda, "is_available", lambda: True),
+        kept_allocator_settings(),
+    ):
+        assert not told
+    return told
+
+
 def gpu_arguments() -> dict[str, Any]:
     """What an engine for a GPU is asked for."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -419,7 +434,7 @@ def main() -> None:
     results["adapters"] = adapted(LoraConfig(rank=3))
     results["some adapters"] = adapted(LoraConfig(rank=4, target_modules=["k_proj", "down_proj"], rank_stabilized=True))
     results["pools"], results["keys"] = pools(), keys()
-    results["gpu_arguments"] = gpu_arguments()
+    results["gpu_arguments"], results["allocator_settings"] = gpu_arguments(), allocator_settings()
     (DIRECTORY / "alone.json").write_text(json.dumps(results))
 
 

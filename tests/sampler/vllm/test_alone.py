@@ -140,6 +140,10 @@ def test_sleeping_memory_is_freed_after_the_engine_and_what_frees_it_stays(alone
     assert alone["pools"] == ["shut down", "pool freed"]
 
 
+def test_torchs_allocator_is_left_as_the_user_asked(alone):
+    assert alone["allocator_settings"] == ["expandable_segments:True"]
+
+
 def test_compiled_code_is_found_again_by_the_next_engine_of_a_model_alone(alone):
     first, again, other = alone["keys"]
     assert first == again != other
