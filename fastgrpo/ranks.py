@@ -32,7 +32,8 @@ class Ranks:
     leads: bool = True
     """Whether this rank samples and scores for its copy of the policy."""
     in_step: bool = False
-    """Whether data ranks must run equally many forward passes, because layers are cut over them too (experts)."""
+    """Whether data ranks must pass a learner equally many batches, because layers are cut over them too (experts):
+    with another number on one of them all wait for ever."""
 
     @property
     def is_main(self) -> bool:

@@ -116,8 +116,8 @@ class MegatronLearner:
     # --- the update -------------------------------------------------------------------------------------------------
 
     def update(self, batches: Iterable[PackedBatch], objective: Objective) -> StepResult:
-        """See Learner.update. Data-parallel ranks may pass different numbers of batches, also none: token weights are
-        global, so gradients are summed over everything and divided by nothing."""
+        """See Learner.update. Data-parallel ranks may pass different numbers of batches, also none, unless `ranks` says
+        in_step: token weights are global, so gradients are summed over everything and divided by nothing."""
         with megatron_on_cpu():
             sums = reduce_sums(self.accumulate(batches, objective), self.parallel, self.device)
             grad_norm = self.optimizer.grad_norm()

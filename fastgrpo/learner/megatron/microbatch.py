@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,17 +43,12 @@ def prepare(batches: Iterable[PackedBatch], parallel: Parallel, device: torch.de
     """The batches, ready for a schedule, followed by empty ones where it needs more.
 
     A schedule runs at least one micro-batch, and the interleaved one a multiple of the pipeline's stages. Empty
-    micro-batches score nothing, so data-parallel ranks may hold different numbers of batches, also none. With experts
-    dealt over data-parallel ranks too, all run as many as the one with most: collective over all ranks then.
+    micro-batches score nothing, so data-parallel ranks may hold different numbers of batches, also none, unless experts
+    are dealt over them too (Ranks.in_step).
     """
     listed, layout = list(batches), parallel.layout
     multiple = layout.pp if layout.vpp > 1 else 1
-    count = max(1, len(listed))
-    if layout.ep > 1:
-        most = torch.tensor([count], device=device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        count = int(most)
-    missing = -(-count // multiple) * multiple - len(listed)
+    missing = -(-max(1, len(listed)) // multiple) * multiple - len(listed)
     return [_ready(batch, parallel, device) for batch in [*listed, *[PackedBatch.empty()] * missing]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from job import addresses, by_token, empty_directory, gradients, slices_cover_once, slices_differ
+from job import addresses, by_token, empty_directory, gradients, share_of, slices_cover_once, slices_differ
 from megatron.core import dist_checkpointing
 from scenario import NUM_STEPS, OBJECTIVE, Case, batches_of, model_of, train_config, with_logprobs
 
@@ -111,7 +111,7 @@ def run(case: Case, directory: Path, number: int) -> dict[str, Any]:
     batches = with_logprobs(batches_of(True), learner)
     result["start"] = {name: tensor.clone() for name, tensor in learner.named_adapters()}
     result["logprobs"] = by_token(batches, [learner.logprobs(batch, temperature=0.7) for batch in batches])
-    mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
+    mine = share_of(batches, learner)
     result["gradients"] = gradients(learner, mine)
     result["steps"] = [vars(learner.update(mine, OBJECTIVE)) for _ in range(NUM_STEPS - 1)]
     saved = empty_directory(directory / f"lora-{case.model}-{number}")

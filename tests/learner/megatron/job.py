@@ -49,7 +49,7 @@ from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.learner import MegatronLearner
 from fastgrpo.learner.megatron.microbatch import prepare
 from fastgrpo.learner.torch_learner import TorchLearner
-from fastgrpo.types import WeightSlice
+from fastgrpo.types import PackedBatch, WeightSlice
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
@@ -74,10 +74,10 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["slices"] = slices_cover_once(learner, held) + slices_differ(held, source)
     batches = with_logprobs(batches_of(case.share_prompts, experts=case.replays), learner)
     result["logprobs"] = by_token(batches, [learner.logprobs(batch, temperature=0.7) for batch in batches])
-    mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
+    mine = share_of(batches, learner)
     result["gradients"] = gradients(learner, mine)
     if learner.parallel.dp_size > 1:
-        result["gradients_of_rank_0_alone"] = gradients(learner, batches if learner.parallel.dp_rank == 0 else [])
+        result["gradients_of_rank_0_alone"] = gradients(learner, share_of(batches, learner, all_on_rank_0=True))
     result["step_without_batches"] = vars(learner.update([], OBJECTIVE))
     result["steps"] = [vars(learner.update(mine, OBJECTIVE))]
     learner.move_reference(0.5)
@@ -94,6 +94,14 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["ranks_differ"] = ranks_differ(result)
     parallel.destroy()
     return result
+
+
+def share_of(batches: list[PackedBatch], learner: MegatronLearner, *, all_on_rank_0: bool = False) -> list[PackedBatch]:
+    """A data-parallel rank's batches, with empty ones where all must have equally many."""
+    rank, size = learner.parallel.dp_rank, 1 if all_on_rank_0 else learner.parallel.dp_size
+    mine = batches[rank::size] if rank < size else []
+    missing = -(-len(batches) // size) - len(mine) if learner.ranks.in_step else 0
+    return mine + [PackedBatch.empty()] * missing
 
 
 def slices_cover_once(learner: MegatronLearner, held: list[WeightSlice]) -> list[str]:
@@ -221,7 +229,7 @@ def reshard(cases: tuple[Case, ...], directory: Path) -> list[dict[str, Any]]:
             distributed_optimizer=case.distributed_optimizer,
         )
         batches = with_logprobs(batches_of(True), learner)
-        mine = batches[learner.parallel.dp_rank :: learner.parallel.dp_size]
+        mine = share_of(batches, learner)
         if index == 0:
             for _ in range(NUM_STEPS - 1):
                 learner.update(mine, OBJECTIVE)

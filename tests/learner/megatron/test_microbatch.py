@@ -20,6 +20,7 @@ from fastgrpo.learner.megatron.microbatch import pad_rows, prepare, scored_share
         (Layout(pp=2, vpp=2), 3, 4),
         (Layout(pp=4, vpp=2), 0, 4),
         (Layout(pp=2, vpp=2), 4, 4),
+        (Layout(ep=2), 3, 3),  # with nothing asked of other ranks, which pass as many
     ],
 )
 def test_empty_micro_batches_fill_what_the_schedule_wants(layout, given, run):

@@ -15,7 +15,7 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.data.packing import Sequence, pack
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.models import hf
-from fastgrpo.types import Prompt, RolloutGroup, SamplingParams
+from fastgrpo.types import PackedBatch, Prompt, RolloutGroup, SamplingParams
 
 VOCABULARY = 509
 """Padded to 512, so the second half of a vocabulary cut in two ends in 3 rows that are no token."""
@@ -129,6 +129,6 @@ def short_run(learner: Any, sampler: Any, exchange: Any, *, num_steps: int, para
         )
         differences.append(worst)
         if step < num_steps - 1:
-            mine = batches if learner.ranks.num_data_ranks == 1 or learner.ranks.data_rank == 0 else []
-            learner.update(mine, OBJECTIVE)
+            others = [PackedBatch.empty()] * len(batches) if learner.ranks.in_step else []
+            learner.update(batches if learner.ranks.data_rank == 0 else others, OBJECTIVE)
     return differences
