@@ -76,7 +76,7 @@ def improve(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
         run.phases.enter("train")
     with run.ledger("logprobs"):
         laid_out = [batches for chunk in chunks if (batches := lay_out(run, chunk)) is not None]
-        minibatches = [[annotate(run, batch) for batch in batches] for batches in laid_out]
+        minibatches = [annotate(run, batches) for batches in laid_out]
     results: list[StepResult] = []
     with run.ledger("update"):
         for _ in range(config.updates_per_rollout):
@@ -121,32 +121,39 @@ def lay_out(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch] | None:
     return mine + [PackedBatch.empty()] * missing
 
 
-def annotate(run: Run, batch: PackedBatch) -> PackedBatch:
-    """The batch with the logprobs that its objective needs from before the update, and no forward pass more.
+def annotate(run: Run, batches: list[PackedBatch]) -> list[PackedBatch]:
+    """The batches with the logprobs that their objective needs from before the update, and no forward pass more.
 
     On-policy the current logprobs are the old ones, so only a reference or an importance weight costs a pass.
     """
-    algorithm, temperature = run.config.algorithm, run.objective.temperature
+    learner, temperature = run.learner, run.objective.temperature
     on_policy = run.config.train.updates_per_step == 1
-    correct = algorithm.importance_level != "none"
+    correct = run.config.algorithm.importance_level != "none"
     if not on_policy or correct:
-        batch = replace(batch, old_logprobs=run.learner.logprobs(batch, temperature=temperature))
-    if correct and batch.num_scored:
-        assert batch.old_logprobs is not None
-        weight = importance_weights(
-            batch.old_logprobs,
-            batch.sampler_logprobs,
-            batch.cu_scored,
-            level=algorithm.importance_level,
-            mode=algorithm.importance_mode,
-            floor=algorithm.importance_floor,
-            cap=algorithm.importance_cap,
-        )
-        batch = replace(batch, importance_weights=weight)
+        found = learner.logprobs_of(batches, temperature=temperature)
+        batches = [replace(batch, old_logprobs=old) for batch, old in zip(batches, found, strict=True)]
+    if correct:
+        batches = [with_importance(run, batch) if batch.num_scored else batch for batch in batches]
     if run.objective.kl_coef > 0:
-        reference = run.learner.logprobs(batch, temperature=temperature, reference=True)
-        batch = replace(batch, ref_logprobs=reference)
-    return batch
+        found = learner.logprobs_of(batches, temperature=temperature, reference=True)
+        batches = [replace(batch, ref_logprobs=reference) for batch, reference in zip(batches, found, strict=True)]
+    return batches
+
+
+def with_importance(run: Run, batch: PackedBatch) -> PackedBatch:
+    """The batch with the weights that correct for the sampler's probabilities."""
+    algorithm = run.config.algorithm
+    assert batch.old_logprobs is not None
+    weight = importance_weights(
+        batch.old_logprobs,
+        batch.sampler_logprobs,
+        batch.cu_scored,
+        level=algorithm.importance_level,
+        mode=algorithm.importance_mode,
+        floor=algorithm.importance_floor,
+        cap=algorithm.importance_cap,
+    )
+    return replace(batch, importance_weights=weight)
 
 
 def refuse_divergence(run: Run, result: StepResult, batches: Sequence[PackedBatch]) -> None:

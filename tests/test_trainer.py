@@ -289,7 +289,7 @@ def test_importance_weights_are_of_a_token_or_of_its_sequence(level, workplace, 
     with assembled(*small_run(tiny_qwen2, *more)) as run:
         (batch,) = lay_out(run, relate(run, [rewarded([2, 5], [1.0, 0.0])]))
         policy = run.learner.logprobs(batch, temperature=1.0)
-        batch = annotate(run, replace(batch, sampler_logprobs=policy - 0.25))
+        (batch,) = annotate(run, [replace(batch, sampler_logprobs=policy - 0.25)])
     assert torch.equal(batch.old_logprobs, policy)
     torch.testing.assert_close(batch.importance_weights, torch.tensor(IMPORTANCE[level]), atol=1e-5, rtol=1e-5)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -45,6 +45,12 @@ class Learner(Protocol):
 
     def logprobs(self, batch: PackedBatch, *, temperature: float, reference: bool = False) -> Tensor:
         """(N,) float32 on the CPU: the scored tokens' logprobs under the policy, or under the reference."""
+        ...
+
+    def logprobs_of(
+        self, batches: Sequence[PackedBatch], *, temperature: float, reference: bool = False
+    ) -> list[Tensor]:
+        """`logprobs` of each; of many at once no slower, and much faster where a batch passes through a pipeline."""
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -112,6 +112,12 @@ class TorchLearner:
         assert isinstance(result, Tensor)  # a pair only with entropy=True
         model.train(was_training)
         return result.cpu()
+
+    def logprobs_of(
+        self, batches: Sequence[PackedBatch], *, temperature: float, reference: bool = False
+    ) -> list[Tensor]:
+        """See Learner.logprobs_of."""
+        return [self.logprobs(batch, temperature=temperature, reference=reference) for batch in batches]
 
     def _watched(self, batches: Iterable[PackedBatch]) -> Iterable[PackedBatch]:
         """The batches, while the routers of a mixture of experts are told which one is computed."""

@@ -7,7 +7,7 @@ copy of the model pass the same batches. What a method returns is the same on al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -175,29 +175,39 @@ class MegatronLearner:
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def logprobs(self, batch: PackedBatch, *, temperature: float, reference: bool = False) -> Tensor:
         """See Learner.logprobs."""
+        return self.logprobs_of([batch], temperature=temperature, reference=reference)[0]
+
+    @torch.no_grad()
+    def logprobs_of(
+        self, batches: Sequence[PackedBatch], *, temperature: float, reference: bool = False
+    ) -> list[Tensor]:
+        """See Learner.logprobs_of: one schedule, so that a pipeline is filled and emptied once."""
+        if not batches:
+            return []
         is_base = reference and self.policy[0].architecture.adapters is not None
         chunks = self.reference if reference and not is_base else self.policy
         assert chunks is not None, "no reference model was loaded"
         if reference:  # a policy of its own, which routes by itself
-            batch = replace(batch, routed_experts=None)
-        result = torch.zeros(batch.num_scored, device=self.device)
+            batches = [replace(batch, routed_experts=None) for batch in batches]
+        micro_batches = prepare(batches, self.parallel, self.device)
+        of_batch = {id(item.batch): torch.zeros(item.batch.num_scored, device=self.device) for item in micro_batches}
 
         def keep(model: HiddenStatesModel, batch: PackedBatch, hidden: Tensor, **_: Any) -> None:
             share, place = scored_share(batch, self.parallel, whole_sequences=False)
-            result[place] = head.logprobs(model, hidden, share, temperature, self.parallel)
+            of_batch[id(batch)][place] = head.logprobs(model, hidden, share, temperature, self.parallel)
 
         for chunk in chunks:
             chunk.eval()
         with megatron_on_cpu(), lora.disabled(chunks) if is_base else nullcontext():
-            self._run(chunks, prepare([batch], self.parallel, self.device), keep, forward_only=True)
+            self._run(chunks, micro_batches, keep, forward_only=True)
+        result = torch.cat(list(of_batch.values()))
         if self.parallel.layout.cp > 1:
             dist.all_reduce(result, group=self.parallel.cp_group)  # every rank has filled its share
         if self.parallel.layout.pp > 1:
             dist.broadcast(result, src=self.parallel.last_stage, group=self.parallel.pp_group)
-        return result.cpu()
+        return list(result.cpu().split([batch.num_scored for batch in batches]))
 
     def _run(
         self, chunks: list[Any], micro_batches: list[MicroBatch], of_hidden: LossFunction, *, forward_only: bool = False

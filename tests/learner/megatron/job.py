@@ -86,8 +86,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["steps"] += [vars(learner.update(mine, OBJECTIVE)) for _ in range(NUM_STEPS - 1)]
     result["weights"] = {name: tensor.clone() for name, tensor in learner.named_weights()}
     result["slices"] += slices_differ(held, result["weights"].__getitem__)
-    reference = [learner.logprobs(batch, temperature=1.0, reference=True) for batch in batches]
-    result["reference"] = by_token(batches, reference)
+    result["reference"] = by_token(batches, learner.logprobs_of(batches, temperature=1.0, reference=True))
     result["skipped"] = after_a_nan(learner, mine)
     result["bytes_while_offloaded"], result["resume_differs"] = resumed(learner, saved, mine, result["weights"])
     result["moved"] = addresses(held) != addresses(learner.weight_slices())

@@ -204,9 +204,10 @@ def batches_of(share_prompts: bool, *, experts: bool = False) -> list[PackedBatc
 def with_logprobs(batches: list[PackedBatch], learner) -> list[PackedBatch]:
     """Off-policy batches: old logprobs near the learner's own, on both sides of the clip; the reference's exact."""
     result = []
-    for batch in batches:
-        current = learner.logprobs(batch, temperature=OBJECTIVE.temperature)
-        reference = learner.logprobs(batch, temperature=OBJECTIVE.temperature, reference=True)
+    of_both = [
+        learner.logprobs_of(batches, temperature=OBJECTIVE.temperature, reference=each) for each in (False, True)
+    ]
+    for batch, current, reference in zip(batches, *of_both, strict=True):
         # A function of the token, so that every packing of the update moves it alike.
         shift = 0.35 * torch.sin(batch.targets.float() + 10 * batch.advantages)
         result.append(replace(batch, old_logprobs=current + shift, ref_logprobs=reference - 0.1 * shift))
