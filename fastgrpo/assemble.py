@@ -166,6 +166,8 @@ def assemble(
             longest_prompt=prompts.max_tokens,
             num_ranks=ranks.num_ranks,
         )
+        if plan.offload:
+            learner.offload()  # before the sampler takes what the plan says is left then
         sampler, sampling_ranks = make_sampler(config, learner, model, adapters, prompts, plan, console.message)
         if sampler is not None:
             stack.callback(sampler.close)

@@ -73,12 +73,14 @@ def evaluate_only(config: Config) -> dict[str, float]:
     from fastgrpo.ranks import join_job
     from fastgrpo.trainer import evaluate, share
 
+    # Nothing is ever learned; but Megatron's gradients and optimizer are there all the same.
+    offload = "never" if config.learner.kind == "torch" else config.learner.offload
     config = replace(
         config,
         resume="no",
         run=replace(config.run, console="none"),
         algorithm=replace(config.algorithm, kl_coef=0.0),  # no reference model
-        learner=replace(config.learner, offload="never"),  # nothing is ever learned
+        learner=replace(config.learner, offload=offload),
     )
     ranks = join_job()
     with assemble(config, ranks, only_evaluates=True) as parts:

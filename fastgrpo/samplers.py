@@ -57,8 +57,6 @@ def make_sampler(
             f"sampler=vllm: {error.name} is not installed; pip install fastgrpo[vllm], or `make vllm` for a CPU"
         ) from None
     settings = _engine_settings(config, learner, model, adapters, prompts, plan)
-    if plan.offload:
-        learner.offload()  # the KV cache, which an engine begins with, is planned for what that leaves
     try:
         vllm = VLLMSampler(settings, learner.weight_slices, max_restarts=config.sampler.max_restarts, notify=notify)
     except (ValueError, NotImplementedError) as error:  # what vLLM refuses, in pydantic's wrapping or without

@@ -1,14 +1,8 @@
 """Who holds the memory when, and what is noted of it."""
 
-import sys
-from types import SimpleNamespace
-
-import pytest
 import torch
 
-from fastgrpo.config import Config
 from fastgrpo.phases import Phases, held_bytes
-from fastgrpo.samplers import make_sampler
 
 
 class Recorder:
@@ -77,19 +71,3 @@ def test_the_process_is_weighed():
     before = held_bytes()
     block = torch.ones(1 << 24)
     assert held_bytes() - before > 0.9 * block.nbytes
-
-
-@pytest.mark.parametrize("offload", [True, False])
-def test_an_engine_is_built_in_what_the_plan_leaves_it(monkeypatch, offload):
-    told = []
-    vllm = SimpleNamespace(
-        VLLMSampler=lambda *_, **__: told.append("built") or SimpleNamespace(ranks=None), EngineSettings=SimpleNamespace
-    )
-    for room in ("", ".engine", ".sampler"):
-        monkeypatch.setitem(sys.modules, f"fastgrpo.sampler.vllm{room}", vllm)
-    config, held = Config(), SimpleNamespace(tensor=torch.empty(1))
-    config.sampler.kind = "vllm"
-    learner = SimpleNamespace(offload=lambda: told.append("offloaded"), weight_slices=lambda: [held])
-    model, prompts = SimpleNamespace(config=None, dtype=torch.float32), SimpleNamespace(max_tokens=8)
-    make_sampler(config, learner, model, prompts, SimpleNamespace(offload=offload, kv_cache=1), print)
-    assert told == (["offloaded", "built"] if offload else ["built"])

@@ -19,6 +19,8 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.ranks import join_job
+from fastgrpo.run import evaluate_only
+from fastgrpo.samplers import make_sampler
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import annotate, lay_out, relate, train
 
@@ -275,6 +277,31 @@ def test_a_step_of_nothing_but_masked_completions_updates_nothing(workplace, tin
         train(run, StopRequest(print))
         assert equal(before, policy_of(run))
     assert read_jsonl("run/metrics.jsonl")[1]["truncated_fraction"] == 1.0
+
+
+def test_what_is_offloaded_has_gone_before_the_sampler_takes_its_memory(workplace, tiny_qwen2, monkeypatch):
+    seen = []
+
+    def make(config, learner, *rest):
+        seen.append(sum(tensor.untyped_storage().nbytes() for tensor in learner.optimizer.state()))
+        return make_sampler(config, learner, *rest)
+
+    monkeypatch.setattr("fastgrpo.assemble.make_sampler", make)
+    rows_of(*small_run(tiny_qwen2, "cluster.dtype=bfloat16", "learner.offload=always", "train.num_steps=1"))
+    assert seen == [0]
+
+
+@pytest.mark.parametrize(("kind", "offload"), [("torch", "never"), ("megatron", "auto")])
+def test_an_evaluation_moves_out_an_optimizer_that_is_there(kind, offload, monkeypatch):
+    class StoppedError(Exception):
+        pass
+
+    def stop(config, *_, **__):
+        raise StoppedError(config.learner.offload)
+
+    monkeypatch.setattr("fastgrpo.assemble.assemble", stop)
+    with pytest.raises(StoppedError, match=offload):
+        evaluate_only(compose("eval", [f"learner={kind}"])[0])
 
 
 IMPORTANCE = {  # old - sampler is 0.25 at every token; two and five tokens; capped at 3
