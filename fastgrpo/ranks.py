@@ -19,6 +19,8 @@ import torch.distributed as dist
 from fastgrpo import parcel
 
 T = TypeVar("T")
+PIECE_BYTES = 256 << 20
+"""Of a device's memory that a message takes, which may come while a sampler has all the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +76,13 @@ class Ranks:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         parts = []
         for _, rank, size in leaders:
-            message = mine.to(device) if rank == self.rank else torch.empty(size, dtype=torch.uint8, device=device)
-            dist.broadcast(message, src=rank)
-            parts.append(parcel.unpack(message.cpu()))
+            message = mine if rank == self.rank else torch.empty(size, dtype=torch.uint8)
+            for piece in message.split(PIECE_BYTES):
+                sent = piece.to(device)
+                dist.broadcast(sent, src=rank)
+                if rank != self.rank:
+                    piece.copy_(sent)
+            parts.append(parcel.unpack(message))
         return parts
 
     def any_of(self, value: T | None) -> T | None:

@@ -3,19 +3,29 @@
 import multiprocessing
 import os
 import socket
+from unittest.mock import patch
 
+import torch.distributed as dist
+
+from fastgrpo import ranks as module
 from fastgrpo.ranks import Ranks
+
+PIECE_BYTES = 700
 
 
 def of_rank(rank: int, port: int, results) -> None:
     """Two data ranks of two ranks each: 0 and 2 lead, the second of them for the first data rank."""
-    import torch.distributed as dist
-
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "4"}
     dist.init_process_group("gloo")
     ranks = Ranks(rank=rank, num_ranks=4, data_rank=1 - rank // 2, num_data_ranks=2, leads=rank % 2 == 0)
+    with (
+        patch.object(module, "PIECE_BYTES", PIECE_BYTES),
+        patch.object(dist, "broadcast", wraps=dist.broadcast) as sent,
+    ):
+        gathered = ranks.gather({"of": rank, "padding": b"x" * 1000 * rank} if ranks.leads else None)
     found = {
-        "gather": ranks.gather({"of": rank, "padding": b"x" * 1000 * rank} if ranks.leads else None),
+        "gather": gathered,
+        "sent": [call.args[0].nbytes for call in sent.call_args_list],
         "everyone": ranks.everyone(rank * rank),
         "any_of": ranks.any_of(f"rank {rank}" if rank > 1 else None),
         "from_main": ranks.from_main(rank + 10),
@@ -38,7 +48,9 @@ def test_what_ranks_tell_each_other():
     for process in processes:
         process.join()
     for of_one in found:
-        assert [part["of"] for part in of_one["gather"]] == [2, 0]
+        assert [(part["of"], len(part["padding"])) for part in of_one["gather"]] == [(2, 2000), (0, 0)]
+        assert len(of_one["sent"]) > 3
+        assert max(of_one["sent"]) == PIECE_BYTES  # of a device's memory
         assert of_one["everyone"] == [0, 1, 4, 9]
         assert (of_one["any_of"], of_one["from_main"]) == ("rank 2", 10)
 
