@@ -112,6 +112,9 @@ def join_job() -> Ranks:
     """Meet the other processes that torchrun started; until a learner says more, each is a data rank."""
     if not started_by_torchrun():
         return Ranks()
+    # With tensor parallelism before Blackwell, the collectives are hidden only where one connection keeps their order.
+    # It is read once, when the device is first used.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():

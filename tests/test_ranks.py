@@ -5,10 +5,11 @@ import os
 import socket
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 from fastgrpo import ranks as module
-from fastgrpo.ranks import Ranks
+from fastgrpo.ranks import Ranks, join_job
 
 PIECE_BYTES = 700
 
@@ -63,3 +64,15 @@ def test_a_process_alone_needs_nobody():
 def test_shares_cost_alike_and_keep_their_order():
     shares = Ranks(num_data_ranks=2).deal([5, 1, 4, 2], cost=float)
     assert shares == [[5, 1], [4, 2]]
+
+
+def test_the_devices_environment_is_set_before_it_is_used(monkeypatch):
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen.append(dict(os.environ)))
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    join_job()
+    assert seen[0]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +74,6 @@ def initialize(layout: Layout) -> Parallel:
         raise UserError(
             "learner=megatron: no process group; start with torchrun --nproc-per-node N -m fastgrpo train …"
         )
-    # With tensor parallelism before Blackwell, the collectives are hidden only where one connection keeps their order.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
