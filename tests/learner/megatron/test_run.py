@@ -16,8 +16,8 @@ from fastgrpo.metrics import read_jsonl
 from fastgrpo.run import run
 
 
-def torchrun(directory: Path, *command: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def torchrun(directory: Path, *command: str, processes: int = 2) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
         [*launcher, *command],
         cwd=directory,
@@ -102,3 +102,11 @@ def test_fresh_adapters_train_as_in_a_run_of_the_torch_learner(workplace):
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(mine[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_one_process_alone_trains_too(tmp_path):
+    save_tiny_model(tmp_path / "model", "qwen3_moe")
+    more = ("learner.ep=1", "train.num_steps=1", "checkpoint.every=0")
+    job = torchrun(tmp_path, "-m", "fastgrpo", "train", *settings(tmp_path), *more, processes=1)
+    assert job.returncode == 0, job.stderr[-4000:]
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 1
