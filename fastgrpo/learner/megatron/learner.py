@@ -223,7 +223,7 @@ class MegatronLearner:
                 position_ids=batch.position_ids[None],
                 attention_mask=None,
                 packed_seq_params=item.packed,
-                padding_mask=None if self.balance is None else item.for_routers,
+                padding_mask=None if self.balance is None else item.for_routers.to(self.device, non_blocking=True),
             )
             return hidden, partial(of_hidden, model, batch)
 

@@ -36,7 +36,8 @@ class MicroBatch:
     batch: PackedBatch
     packed: SegmentParams
     for_routers: Tensor
-    """(1, T, bytes): what experts.for_routers says of the rows, the batch's routed_experts among it."""
+    """(1, T, bytes): what experts.for_routers says of the rows, the batch's routed_experts among it. On the host: of a
+    large model it is a kilobyte a row, and a schedule is given all micro-batches of an update."""
 
 
 def prepare(batches: Iterable[PackedBatch], parallel: Parallel, device: torch.device) -> list[MicroBatch]:
@@ -71,7 +72,7 @@ def _ready(batch: PackedBatch, parallel: Parallel, device: torch.device) -> Micr
     return MicroBatch(
         replace(batch, routed_experts=None).to(device),
         SegmentParams(plan=SegmentPlan(segments, device, share)),
-        for_routers(weights, batch.routed_experts).to(device, non_blocking=True),
+        for_routers(weights, batch.routed_experts),
     )
 
 

@@ -65,6 +65,11 @@ def test_a_router_finds_its_layers_experts_among_the_bytes(num_experts, dtype):
     assert Router._given(router, notes[:, :4]) is None
 
 
+def test_what_routers_are_told_waits_on_the_host():
+    (item,) = prepare(batches_of(True, experts=True)[:1], SimpleNamespace(layout=Layout()), torch.device("meta"))
+    assert (item.batch.token_ids.device.type, item.for_routers.device.type) == ("meta", "cpu")
+
+
 @pytest.mark.parametrize("whole_sequences", [False, True])
 def test_context_parallel_ranks_share_out_the_scored_tokens(whole_sequences):
     batch = batches_of(True)[0]
