@@ -109,11 +109,6 @@ def _megatron_learner(
         from fastgrpo.learner.megatron.learner import MegatronLearner
     except ModuleNotFoundError as error:
         raise UserError(f"learner=megatron: {error.name} is not installed; pip install fastgrpo[megatron]") from None
-    if torch.cuda.is_available() and config.cluster.device not in ("auto", "cuda"):
-        raise UserError(
-            f"cluster.device={config.cluster.device}: learner=megatron gives every process a GPU of its own; use auto, "
-            "and CUDA_VISIBLE_DEVICES to choose or to hide them"
-        )
     if config.model.path is None and ranks.is_main:
         load_model(config, tokenizer, prompts, notify)  # leaves the warm-started model in the cache, for all ranks
     ranks.barrier()

@@ -6,9 +6,8 @@ from builders import make_model
 
 from fastgrpo.config import UserError
 from fastgrpo.kernels import varlen_kernels
-from fastgrpo.learners import describe, make_learner
+from fastgrpo.learners import describe, device_of
 from fastgrpo.main import compose
-from fastgrpo.ranks import Ranks
 
 
 @pytest.mark.parametrize(
@@ -22,11 +21,9 @@ def test_a_gpus_attention_is_named(dtype, attention):
     assert "attention" not in describe(model, "cpu")
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
-def test_megatrons_processes_have_a_gpu_each(device, monkeypatch):
-    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("option", ["learner=megatron", "sampler=vllm"])
+def test_the_cpu_is_refused_beside_a_gpu_that_would_be_taken(option, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config, _ = compose("train", ["learner=megatron", f"cluster.device={device}"])
-    with pytest.raises(UserError, match=f"cluster.device={device}: .* a GPU of its own; use auto"):
-        make_learner(config, None, None, Ranks(num_ranks=2), print)
+    assert device_of(compose("train", ["cluster.device=cpu"])[0])[0] == "cpu"
+    with pytest.raises(UserError, match="cluster.device=cpu: .*; hide it with CUDA_VISIBLE_DEVICES="):
+        device_of(compose("train", [option, "cluster.device=cpu"])[0])
