@@ -1,8 +1,7 @@
 """What a run will hold in one device's memory, from the configuration alone: nothing is loaded.
 
 Parameters are counted exactly; what follows from them (gradients, optimizer) is exact too. Activations are the tensors
-that autograd saves in a decoder layer, counted term by term in `activation_bytes_per_token` and checked against the
-real thing by tests/test_plan.py.
+that autograd saves in a decoder layer, counted one by one in models/activations.py.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import torch
 
 from fastgrpo.config import Config, UserError
 from fastgrpo.models import lora
+from fastgrpo.models.activations import Kept
+from fastgrpo.models.experts import choice_dtype
 from fastgrpo.models.shape import Shape
 from fastgrpo.models.stages import stages_of
 from fastgrpo.models.storage import FUSED
@@ -95,23 +96,25 @@ def make_plan(
     num_parameters = shape.num_parameters(learner.tp, stages, learner.ep)
     adapted = config.model.lora.enabled
     trained, size_trained, merged = num_parameters, size, 0
+    rank, targets = lora.rank_and_targets(config.model.lora) if adapted else (0, [])
     if adapted:
-        rank, targets = lora.rank_and_targets(config.model.lora)
         trained, size_trained = num_adapter_parameters(shape, rank, targets, learner.tp, layers), 4
         # A sampler has them merged, or apart in the weights' type.
         is_merged = sampler.merge_adapters or sampler.kind == "torch"
         merged = _num_merged(shape, targets, learner.tp, layers) if is_merged else trained
-    is_megatron = learner.kind == "megatron"
-    per_token = shape.activation_bytes_per_token(
-        size,
-        learner.tp,
+    kept = Kept(
+        shape=shape,
+        size=size,
+        megatron=learner.kind == "megatron",
+        on_gpu=on_gpu,
+        tp=learner.tp,
         sp=learner.sp,
-        megatron=is_megatron,
+        cp=learner.cp,
+        ep=learner.ep,
         selective=learner.activation_checkpoint == "selective",
+        rank=rank,
+        targets=targets,
     )
-    every_input = layers * shape.hidden_size * size
-    kept = every_input + per_token if learner.activation_checkpoint == "full" else layers * per_token
-    tokens = -(-learner.max_tokens_per_microbatch // learner.cp) * learner.pp
     stepped = trained // max(1, num_ranks // (learner.tp * learner.pp)) if learner.distributed_optimizer else trained
     ranks_a_sampler = sampler.tp if sampler.kind == "vllm" else learner.ranks_a_copy
     prompts = -(-config.train.prompts_per_step // max(1, num_ranks // ranks_a_sampler))
@@ -125,11 +128,26 @@ def make_plan(
         sampler_weights=_num_unshared(config, shape, merged) * size,
         gradients=trained * 4,
         optimizer=stepped * (8 + (4 if size_trained < 4 else 0)),
-        activations=tokens * kept,
+        activations=_activations(config, kept, layers),
         loss_head=int(device_bytes * LOSS_HEAD_SHARE) if on_gpu else 1 << 26,
         offload_asked=learner.offload,
         kv_cache_wanted=shape.kv_cache_bytes(in_flight, length, size, sampler.tp),
     )
+
+
+def _activations(config: Config, kept: Kept, layers: int) -> int:
+    """Of the micro-batches that the first stage has begun, on a rank with so many layers."""
+    learner, shape = config.learner, kept.shape
+    full = learner.activation_checkpoint == "full"
+    begun = learner.pp if learner.vpp == 1 else -(-((learner.vpp + 1) * learner.pp - 1) // learner.vpp)
+    tokens = -(-learner.max_tokens_per_microbatch // learner.cp)
+    every_input = layers * shape.hidden_size * kept.size // (learner.tp if learner.sp else 1)
+    of_token = every_input + kept.per_token if full else layers * kept.per_token
+    replayed = 0
+    if learner.router_replay:  # a micro-batch brings all layers' choices, and keeps them where it is computed again
+        choice = choice_dtype(shape.num_experts).itemsize
+        replayed = shape.num_layers * shape.experts_per_token * choice * (begun if full else 1)
+    return tokens * (begun * of_token + replayed)
 
 
 def _num_unshared(config: Config, shape: Shape, merged: int) -> int:

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import ALL_CONFIGS, CONFIGS, make_model, small_run, small_shape
+from builders import ALL_CONFIGS, make_model, small_run, small_shape
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fastgrpo.config import LoraConfig, UserError
 from fastgrpo.main import compose, with_shorthands
+from fastgrpo.models.activations import Kept
 from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.decoder import hidden_states
 from fastgrpo.models.hf import prepare
@@ -46,17 +47,27 @@ def saved_bytes(model) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
 
 
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_activations_are_what_autograd_saves(kind, dtype):
+@pytest.mark.parametrize(
+    ("kind", "targets"),  # the matrices that have adapters, where all else is frozen
+    [*((kind, ()) for kind in ALL_CONFIGS), ("qwen3", ALL), ("qwen2", ("q_proj", "down_proj")), ("qwen3_moe", ALL[:4])],
+)
+def test_activations_are_what_autograd_saves(kind, targets, dtype):
     """Two more layers keep twice what a layer is said to; within 5 %."""
     held = []
     for num_layers in (2, 4):
         sizes = {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": NUM_TOKENS}
         shape = small_shape(kind, vocab_size=61, num_hidden_layers=num_layers, **sizes)
-        held.append(saved_bytes(AutoModelForCausalLM.from_config(shape).to(dtype)))
+        model = AutoModelForCausalLM.from_config(shape).to(dtype)
+        if targets:
+            add_adapters(prepare(model), LoraConfig(rank=4, target_modules=list(targets)), seed=0)
+        held.append(saved_bytes(model))
     measured = (held[1] - held[0]) / 2 / NUM_TOKENS
-    assert Shape.of(shape).activation_bytes_per_token(dtype.itemsize) == pytest.approx(measured, rel=0.05)
+    kept = Kept(shape=Shape.of(shape), size=dtype.itemsize, rank=4 if targets else 0, targets=targets)
+    assert kept.per_token == pytest.approx(measured, rel=0.05)
 
 
 def test_a_rank_of_a_known_model():
@@ -128,8 +139,46 @@ def test_a_samplers_own_adapters_or_merged_weights_are_counted():
 def test_recomputing_and_pipelines_change_the_activations():
     plain, recomputed = plan_of(), plan_of("learner.activation_checkpoint=full")
     assert recomputed.activations < 0.7 * plain.activations
+    full = ("learner=megatron", "learner.tp=2", "learner.activation_checkpoint=full")
+    whole, cut = (plan_of(*full, f"learner.sp={on}", num_ranks=2).activations for on in ("false", "true"))
+    assert whole - cut == 16384 * (2 * 32 + 2 * 32 + (2 * 32 + 4))  # 2 layers' inputs, and in one norms and products
     staged = plan_of("learner=megatron", "learner.pp=2")
     assert staged.activations == plan_of("learner=megatron").activations  # half the layers, two micro-batches in flight
+
+
+def test_virtual_stages_begin_more_micro_batches():
+    """Of two stages of two layers the first has begun two; cut in two again five halves, which are counted as three."""
+    model = small_shape("qwen3", vocab_size=61, num_hidden_layers=4)
+    deals = ("learner.stage_layers=[2,2]",), ("learner.vpp=2", "learner.stage_layers=[1,1,1,1]")
+    plain, virtual = (plan_of("learner=megatron", "learner.pp=2", *deal, model=model) for deal in deals)
+    assert 2 * virtual.activations == 3 * plain.activations
+
+
+def test_a_frozen_base_keeps_less():
+    """2 layers of 32 wide, feed-forwards of 48: without k's and v's adapters nothing less, for q takes the same."""
+    trained, frozen, only_q = (
+        plan_of("learner=megatron", *more).activations
+        for more in ((), ("model.lora.rank=3",), ("model.lora.rank=3", "model.lora.target_modules=[q_proj]"))
+    )
+    assert frozen - only_q == 16384 * 2 * 2 * (32 + 48 + 6 * 3)  # the inputs of gate, up and down; A x of six more
+    assert trained - frozen == -16384 * 2 * 2 * 7 * 3
+
+
+def test_what_router_replay_holds_is_counted():
+    """A kilobyte a token of a large model: of 2 layers 2 experts each, one byte an expert; of one micro-batch, or with
+    activations computed again of those of all stages."""
+    model = make_model("qwen3_moe").config
+    for more, in_flight in (((), 1), (("learner.activation_checkpoint=full",), 2)):
+        options = ("learner=megatron", "learner.pp=2", *more)
+        plain, told = (plan_of(*options, f"learner.router_replay={on}", model=model) for on in ("false", "true"))
+        assert told.activations - plain.activations == in_flight * 16384 * 2 * 2
+
+
+def test_context_parallel_ranks_hold_the_keys_and_values_of_all_rows():
+    plain, cut = (plan_of("learner=megatron", f"learner.cp={cp}", model=make_model("llama").config) for cp in (1, 4))
+    keys, fused = 2 * 8, (4 + 2 * 2) * 8  # a head's size times heads
+    expected = 2 * (4096 * 2) * (2 * 4 * keys - keys - fused)
+    assert cut.activations - plain.activations // 4 == expected
 
 
 def test_what_sampler_and_learner_cannot_share_is_counted():

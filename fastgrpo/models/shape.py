@@ -84,27 +84,6 @@ class Shape:
         first, *middle, last = (num_layers * layer for num_layers in stages)
         return max(first + vocabulary, *middle, last + vocabulary + self.hidden_size)
 
-    def activation_bytes_per_token(
-        self, size: int, tp: int = 1, *, sp: bool = False, megatron: bool = False, selective: bool = False
-    ) -> int:
-        """What autograd keeps of one token in one layer; `size` is the bytes of an element.
-
-        A norm keeps its input and the float32 factor of each row; a product its input; attention q, k, v, its output
-        and a float32 a head; silu(gate) * up its two inputs. Megatron's norms keep a float32 copy of their input too,
-        and its SwiGLU, like that of experts, silu(gate). arXiv 2205.05198 counts GPT's layers the same way.
-
-        selective: feed-forwards are computed again, so that all that is kept of them is their input.
-        """
-        heads = self.num_heads + 2 * self.num_kv_heads
-        wide = 4 if megatron else 0
-        norms = 2 * ((wide + size) * self.hidden_size + 4) // (tp if sp else 1)
-        inputs = 2 * size * self.hidden_size // (tp if sp else 1)
-        attention = ((heads + self.num_heads) * self.head_size * size + 4 * self.num_heads) // tp
-        qk_norms = ((wide + size) * heads * self.head_size + 4 * heads) * self.qk_norm // tp
-        factors = 4 if megatron or self.num_experts else 3
-        ffn = 0 if selective else factors * self.ffn_size * self.experts_per_token * size // tp
-        return norms + inputs + attention + qk_norms + ffn
-
     def kv_bytes_per_token(self, size: int, tp: int = 1) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.num_layers * max(1, self.num_kv_heads // tp) * self.head_size * size

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastgrpo.learner.expert_balance import ExpertBalance
 from fastgrpo.models.experts import choice_dtype
+from fastgrpo.models.layers import swiglu
 
 WEIGHT_BYTES = 4
 
@@ -108,5 +109,5 @@ class Experts(nn.Module):
         """(N, H) rows sorted by expert, (E,) how many each gets, (N,) the routers' weights -> (N, H), no bias."""
         ends = tokens_per_expert.to(rows.device).cumsum(0).int()
         gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        out = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        out = F.grouped_mm(swiglu(gate, up), self.down_proj.transpose(1, 2), offs=ends)
         return (out * weights[:, None]).to(rows.dtype), None

@@ -33,6 +33,7 @@ from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.experts import Experts, Router
 from fastgrpo.learner.megatron.layout import Layout
+from fastgrpo.models.layers import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -94,6 +95,15 @@ class FusedSelfAttention(SelfAttention):
         query = query if self.q_layernorm is None else self.q_layernorm(query)
         key = key if self.k_layernorm is None else self.k_layernorm(key)
         return query, key, value
+
+
+class FeedForward(MLP):
+    """MLP that keeps gate and up alone for its backward pass; Megatron's, unfused, keeps five such tensors, not three
+    (silu(gate), and up plus an offset of 0)."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        gate_up, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(*gate_up.chunk(2, dim=-1)))
 
 
 class HiddenStatesModel(GPTModel):
@@ -256,7 +266,7 @@ def _block_spec(
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=Experts, router=Router))
     else:
         dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        mlp = ModuleSpec(module=MLP, submodules=dense)
+        mlp = ModuleSpec(module=FeedForward, submodules=dense)
     layer = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(

@@ -342,12 +342,27 @@ def odd_checkpoints(directory: Path) -> dict[str, Any]:
     return said
 
 
-def kept_activations(directory: Path) -> dict[str, int]:
-    """Bytes that autograd holds after a forward pass, beside the parameters, with each kind of recomputation."""
+def kept_activations(directory: Path) -> dict[str, float]:
+    """Bytes a token that autograd holds after a forward pass, beside the parameters: of models as they are, with each
+    kind of recomputation, and beside a frozen base."""
+    from adapters import with_adapters
+
     held = {}
-    for kind in ("none", "selective", "full"):
+    for model, kind, frozen in (
+        (RESHARDED_MODEL, "none", False),
+        (RESHARDED_MODEL, "selective", False),
+        (RESHARDED_MODEL, "full", False),
+        ("qwen3", "none", True),
+        ("qwen3_moe", "none", False),
+        ("qwen3_moe", "none", True),
+    ):
         learner = MegatronLearner.from_pretrained(
-            str(directory / RESHARDED_MODEL), Layout(), TRAIN, num_updates=1, activation_checkpoint=kind
+            str(directory / model),
+            Layout(),
+            TRAIN,
+            num_updates=1,
+            activation_checkpoint=kind,
+            adapters=with_adapters(model)[1] if frozen else None,
         )
         micro = prepare(batches_of(True), learner.parallel, learner.device)[0]
         kept: list[torch.Tensor] = []
@@ -362,10 +377,12 @@ def kept_activations(directory: Path) -> dict[str, int]:
                 position_ids=micro.batch.position_ids[None],
                 attention_mask=None,
                 packed_seq_params=micro.packed,
+                padding_mask=None if learner.balance is None else micro.for_routers,
             )
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
         weights = {param.untyped_storage()._cdata for param in learner.policy[0].parameters()}
-        held[kind] = sum(num_bytes for storage, num_bytes in storages.items() if storage not in weights)
+        num_bytes = sum(num_bytes for storage, num_bytes in storages.items() if storage not in weights)
+        held[f"{model} {kind}{' frozen' if frozen else ''}"] = num_bytes / micro.batch.num_tokens
         del hidden
         parallel.destroy()
     return held
