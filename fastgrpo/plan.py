@@ -115,7 +115,7 @@ def make_plan(
         rank=rank,
         targets=targets,
     )
-    stepped = trained // max(1, num_ranks // (learner.tp * learner.pp)) if learner.distributed_optimizer else trained
+    experts = 0 if adapted else layers * shape.num_expert_parameters(learner.tp, learner.ep)
     ranks_a_sampler = sampler.tp if sampler.kind == "vllm" else learner.ranks_a_copy
     prompts = -(-config.train.prompts_per_step // max(1, num_ranks // ranks_a_sampler))
     in_flight = min(prompts * config.algorithm.group_size, sampler.max_sequences)
@@ -127,12 +127,23 @@ def make_plan(
         reference=num_parameters * size if config.algorithm.kl_coef > 0 and not adapted else 0,
         sampler_weights=_num_unshared(config, shape, merged) * size,
         gradients=trained * 4,
-        optimizer=stepped * (8 + (4 if size_trained < 4 else 0)),
+        optimizer=_num_stepped(config, trained - experts, experts, num_ranks) * (8 + (4 if size_trained < 4 else 0)),
         activations=_activations(config, kept, layers),
         loss_head=int(device_bytes * LOSS_HEAD_SHARE) if on_gpu else 1 << 26,
         offload_asked=learner.offload,
         kv_cache_wanted=shape.kv_cache_bytes(in_flight, length, size, sampler.tp),
     )
+
+
+def _num_stepped(config: Config, others: int, experts: int, num_ranks: int) -> int:
+    """Of a rank's trained parameters those whose optimizer's state it holds: its share among the ranks that hold the
+    same ones, which are fewer for experts that are dealt out."""
+    learner = config.learner
+    if not learner.distributed_optimizer:
+        return others + experts
+    cuts = learner.tp, learner.ep if learner.ep > 1 else learner.tp
+    sharers = (max(1, num_ranks // (cut * learner.pp)) for cut in cuts)
+    return sum(count // sharing for count, sharing in zip((others, experts), sharers, strict=True))
 
 
 def _activations(config: Config, kept: Kept, layers: int) -> int:

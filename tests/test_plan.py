@@ -204,6 +204,23 @@ def test_data_parallel_ranks_share_the_optimizers_state_and_the_prompts():
     assert alone.kv_cache_wanted == 8 * 8 * 128 * (2 * 2 * 2 * 8 * 2)
 
 
+def test_experts_that_are_dealt_out_are_whole_and_have_few_sharers():
+    """2 layers of 4 experts, each 3 matrices of 32 x 24: cut over tp, or whole ones dealt over ep whatever tp is."""
+    model = make_model("qwen3_moe").config
+    shape, experts = Shape.of(model), 4 * 3 * 32 * 24
+    held = [shape.num_expert_parameters(tp, ep) for tp, ep in ((1, 1), (2, 1), (2, 2), (2, 4))]
+    assert held == [experts, experts // 2, experts // 2, experts // 4]
+    assert shape.num_layer_parameters(2, 1) - shape.num_layer_parameters(2, 4) == experts // 4
+    dealt, cut = (
+        plan_of("learner=megatron", *e, model=model, num_ranks=4) for e in (["learner.ep=4"], ["learner.ep=1"])
+    )
+    others = shape.num_parameters() - 2 * experts
+    assert dealt.optimizer == 12 * (others // 4 + 2 * experts // 4)
+    assert cut.optimizer == 12 * (others // 4 + 2 * experts // 4)
+    pair = plan_of("learner=megatron", "learner.ep=2", model=model, num_ranks=4)
+    assert pair.optimizer == 12 * (others // 4 + 2 * experts // 2 // 2)
+
+
 SIZES = Plan(
     device_bytes=100,
     on_gpu=False,

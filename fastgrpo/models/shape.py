@@ -59,10 +59,13 @@ class Shape:
         qkv, out = heads * width * (self.hidden_size + self.qkv_bias), self.num_heads * width * self.hidden_size
         attention = (qkv + out) // tp
         norms = 2 * self.hidden_size + 2 * width * self.qk_norm
-        ffn = 3 * self.hidden_size * self.ffn_size // tp
         if self.num_experts:
-            ffn = ffn * self.num_experts // ep + self.hidden_size * self.num_experts
-        return attention + norms + ffn
+            return attention + norms + self.num_expert_parameters(tp, ep) + self.hidden_size * self.num_experts
+        return attention + norms + 3 * self.hidden_size * self.ffn_size // tp
+
+    def num_expert_parameters(self, tp: int = 1, ep: int = 1) -> int:
+        """Those of one layer's experts on one rank: whole ones where they are dealt out, else a cut of each."""
+        return 3 * self.hidden_size * self.ffn_size * self.num_experts // (ep if ep > 1 else tp)
 
     def num_vocabulary_parameters(self, tp: int = 1) -> int:
         """The embedding's, or the head's, on one rank."""
