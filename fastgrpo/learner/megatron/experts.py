@@ -89,6 +89,20 @@ def for_routers(row_weights: Tensor, routed_experts: Tensor | None) -> Tensor:
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1).view(torch.bool)[None]
 
 
+class _ZeroWhereEmpty(torch.autograd.Function):
+    """The weights (E, ...) as they are, and a gradient of zero for the experts that got none of `sizes` (E,)."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, sizes: Tensor) -> Tensor:
+        ctx.save_for_backward(sizes)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (sizes,) = ctx.saved_tensors
+        return grad.masked_fill((sizes == 0)[:, None, None], 0.0), None
+
+
 class Experts(nn.Module):
     """This rank's experts, built by Megatron's MoELayer."""
 
@@ -97,6 +111,8 @@ class Experts(nn.Module):
         assert config.moe_ffn_hidden_size is not None
         ffn, hidden = config.moe_ffn_hidden_size // pg_collection.expt_tp.size(), config.hidden_size
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        # Blackwell's grouped product leaves noise in the gradient of an expert without rows (pytorch issue 172439).
+        self.clears_empty = device is not None and torch.cuda.get_device_capability(device)[0] >= 10
         options: dict[str, Any] = {"dtype": config.params_dtype, "device": device}
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * ffn, hidden, **options))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, ffn, **options))
@@ -107,7 +123,10 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         """(N, H) rows sorted by expert, (E,) how many each gets, (N,) the routers' weights -> (N, H), no bias."""
-        ends = tokens_per_expert.to(rows.device).cumsum(0).int()
-        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        out = F.grouped_mm(swiglu(gate, up), self.down_proj.transpose(1, 2), offs=ends)
+        sizes, gate_up, down = tokens_per_expert.to(rows.device), self.gate_up_proj, self.down_proj
+        if self.clears_empty:
+            gate_up, down = (_ZeroWhereEmpty.apply(weights, sizes) for weights in (gate_up, down))
+        ends = sizes.cumsum(0).int()
+        gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        out = F.grouped_mm(swiglu(gate, up), down.transpose(1, 2), offs=ends)
         return (out * weights[:, None]).to(rows.dtype), None

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scenario import batches_of
 
-from fastgrpo.learner.megatron.experts import Router, for_routers
+from fastgrpo.learner.megatron.experts import Experts, Router, for_routers
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.microbatch import pad_rows, prepare, scored_share
 
@@ -68,6 +69,27 @@ def test_a_router_finds_its_layers_experts_among_the_bytes(num_experts, dtype):
 def test_what_routers_are_told_waits_on_the_host():
     (item,) = prepare(batches_of(True, experts=True)[:1], SimpleNamespace(layout=Layout()), torch.device("meta"))
     assert (item.batch.token_ids.device.type, item.for_routers.device.type) == ("meta", "cpu")
+
+
+def test_an_expert_without_rows_has_no_gradient_whatever_its_product_leaves_there(monkeypatch):
+    plain = F.grouped_mm
+
+    def spoiled(rows, weights, *, offs):
+        weights.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), float("nan")))
+        return plain(rows, weights, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", spoiled)
+    config = SimpleNamespace(
+        moe_ffn_hidden_size=8, hidden_size=16, params_dtype=torch.float32, expert_model_parallel_size=1
+    )
+    experts = Experts(3, config, pg_collection=SimpleNamespace(expt_tp=SimpleNamespace(size=lambda: 1)))
+    for param in experts.parameters():
+        torch.nn.init.normal_(param)
+    experts.clears_empty = True
+    experts(torch.randn(5, 16), torch.tensor([2, 0, 3]), torch.ones(5))[0].sum().backward()
+    for param in experts.parameters():
+        assert not param.grad[1].any()
+        assert param.grad[[0, 2]].flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("whole_sequences", [False, True])
