@@ -25,5 +25,5 @@ def test_a_gpus_attention_is_named(dtype, attention):
 def test_the_cpu_is_refused_beside_a_gpu_that_would_be_taken(option, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_of(compose("train", ["cluster.device=cpu"])[0])[0] == "cpu"
-    with pytest.raises(UserError, match="cluster.device=cpu: .*; hide it with CUDA_VISIBLE_DEVICES="):
+    with pytest.raises(UserError, match=r"cluster.device=cpu: .*; hide it with CUDA_VISIBLE_DEVICES="):
         device_of(compose("train", [option, "cluster.device=cpu"])[0])
