@@ -25,6 +25,8 @@ def _parse(line: bytes, index: int, place: str) -> Row:
         raise UserError(f"{place} is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{place} is not JSON ({error.msg}, column {error.colno}); mend or remove the line") from None
+    except RecursionError:
+        raise UserError(f"{place} is nested too deeply to read; remove the line") from None
     if not isinstance(values, dict):
         raise UserError(f"{place} holds a {type(values).__name__}, not an object; write it as {{column: value, ...}}")
     return Row(index=index, place=place, values=values)

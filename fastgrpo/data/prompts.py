@@ -137,7 +137,7 @@ def _hold_out(rows: list[Row], prompt_keys: dict[int, str], config: DataConfig) 
             f"data.eval_size={config.eval_size} leaves nothing to train on: {config.path} has {len(first_rows)} "
             f"different prompts; lower it or give data.eval_path"
         )
-    by_hash = sorted(first_rows, key=lambda text: hashlib.sha256(text.encode()).digest())
+    by_hash = sorted(first_rows, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return sorted((first_rows[text] for text in by_hash[: config.eval_size]), key=lambda row: row.index)
 
 

@@ -4,7 +4,9 @@ import re
 import sys
 import types
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from fastgrpo.config import DataConfig, UserError
 from fastgrpo.data import load_prompts
@@ -83,12 +85,16 @@ def test_broken_line(tokenizer, tmp_path, line, message):
     assert error_of(tokenizer, str(file)) == f"{file} line 3 {message}"
 
 
-def test_not_parquet(tokenizer, jsonl):
-    path = jsonl([ROW])
-    message = error_of(tokenizer, path, source="parquet")
-    assert re.fullmatch(
-        rf"data\.path={re.escape(path)} is not a Parquet file \(.+\); for JSON Lines set data=jsonl", message
-    )
+def test_not_parquet(tokenizer, jsonl, tmp_path):
+    damaged = tmp_path / "damaged.parquet"
+    parquet.write_table(pyarrow.table({"question": ["a" * 100] * 100}), damaged)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:4] + bytes(60) + whole[64:])
+    for path in (jsonl([ROW]), str(damaged)):
+        message = error_of(tokenizer, path, source="parquet")
+        assert re.fullmatch(
+            rf"data\.path={re.escape(path)} cannot be read as Parquet \(.+\); for JSON Lines set data=jsonl", message
+        )
 
 
 def test_missing_columns(tokenizer, jsonl):
@@ -230,3 +236,13 @@ def test_a_data_set_that_the_hub_does_not_give(monkeypatch, tokenizer):
         "data.path=openai/gsm8k/main split dev cannot be loaded (ValueError: Unknown split 'dev'. Bad); "
         "check hub_config and split"
     )
+
+
+def test_half_a_character_is_refused(tokenizer, jsonl):
+    path = jsonl('{"question": "\\ud800", "answer": "b"}\n{"question": "a", "answer": "b"}\n')
+    assert error_of(tokenizer, path, eval_size=1).startswith(f"{path} line 1: the tokenizer cannot encode '\\ud800'")
+
+
+def test_a_line_nested_too_deeply_is_refused(tokenizer, jsonl):
+    path = jsonl("[" * 100_000)
+    assert error_of(tokenizer, path) == f"{path} line 1 is nested too deeply to read; remove the line"
