@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,10 @@ PER_COMPLETION = ("completion", "prompt", "answer", "metadata", "token_ids", "fi
 """What a function that asks for `completion` can ask for."""
 PER_GROUP = ("completions", "prompt", "answer", "metadata", "token_ids", "finish_reasons")
 """What a function that asks for `completions` can ask for."""
+
+
+LARGEST = 3.4e38
+"""Rewards become float32, which has no larger number."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def _number(value: Any) -> float | None:
     if not isinstance(value, numbers.Real):
         return None
     number = float(value)
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None
 
 
 def _show(value: Any) -> str:

@@ -22,6 +22,10 @@ Scores = list[float | StepRewards]
 """One function's values for a group, one per completion."""
 
 
+TAKEN = ("mean", "std", "error_count", "timeout_count", "dropped_groups")
+"""Names of a run's other metrics under reward/."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreResult:
     """Example: ScoreResult(groups=[...], metrics={"reward/error_count": 0.0, ...})."""
@@ -188,6 +192,8 @@ def _load(config: RewardConfig, function: Callable[..., Any] | None) -> list[Rew
         functions.append(load_reward(term.path, key=key, name=name, weight=term.weight, kwargs=term.kwargs))
         if name == functions[0].name:
             raise UserError(f"reward.extra.{name} has the name of the first reward function; rename it")
+        if name in TAKEN:
+            raise UserError(f"reward.extra.{name}: reward/{name} is a metric of its own; rename it")
     return functions
 
 

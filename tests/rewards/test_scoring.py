@@ -134,6 +134,7 @@ LIST = "return a list with one number per completion (2)"
         (None, f"{WHERE}, completion 0 returned None; {NUMBER}"),
         (float("nan"), f"{WHERE}, completion 0 returned nan; {NUMBER}"),
         (float("-inf"), f"{WHERE}, completion 0 returned -inf; {NUMBER}"),
+        (1e39, f"{WHERE}, completion 0 returned 1e+39; {NUMBER}"),
         ([1.0], f"{WHERE}, completion 0 returned [1.0] (list); {NUMBER}"),
         (StepRewards([(2, 1.0)]), f"{WHERE}, completion 0 returned a step that ends at token 2 of 2; count from 0"),
         (
