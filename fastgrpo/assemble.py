@@ -71,6 +71,13 @@ def check_contract(contract: LogprobContract, objective: Objective) -> None:
         )
 
 
+def check_stop_tokens(config: Config, vocab_size: int) -> None:
+    """Raise UserError for a stop token that the model can never draw."""
+    for token in config.sampling.stop_token_ids or ():
+        if not 0 <= token < vocab_size:
+            raise UserError(f"sampling.stop_token_ids={token}: the model's tokens are 0 to {vocab_size - 1}; use those")
+
+
 def set_up_torch(config: Config) -> None:
     """Threads, determinism and whose attention, for the whole process. Raises UserError for one that is not there."""
     attention, device = config.cluster.attention, device_of(config)[0]
@@ -148,6 +155,7 @@ def assemble(
         model_config = config_of_model(config, tokenizer)
         check_layout(config, model_config, ranks.num_ranks)
         check_router_replay(config, model_config)
+        check_stop_tokens(config, model_config.vocab_size)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)

@@ -60,6 +60,7 @@ def _wrong_type(key: str, value: str, text: str) -> str:
     }
     found = re.search(r"could not be converted to (\w+)|is not a valid (\w+)|is not a (ListConfig)", text)
     kind = kinds.get(next(filter(None, found.groups())), "") if found else ""
+    key = key.lstrip("+")  # main.open_mapping puts them there
     return f"{key}={value.strip()}: wrong type; give {kind or 'a value as `fastgrpo train --help` shows'}"
 
 

@@ -19,7 +19,7 @@ from fastgrpo.models.export import save_stream
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
 from fastgrpo.ranks import Ranks, started_by_torchrun
-from fastgrpo.warm_start import cached_path, store, warm_start
+from fastgrpo.warm_start import cached_path, reserve, store, warm_start
 
 QUICKSTART_CONTEXT = 256
 """Tokens that the quickstart's model can read."""
@@ -61,6 +61,7 @@ def load_policy(
 def _quickstart_model(config: Config, tokenizer: Any, prompts: PromptSets, notify: Callable[[str], None]) -> CausalLM:
     path = cached_path(config, ALPHABET)
     if not path.is_dir():
+        reserve(path)
         model = tiny.build_model(config.model, tokenizer, max_length=QUICKSTART_CONTEXT, seed=config.seed)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         notify(

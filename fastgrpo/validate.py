@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.help import all_keys
 from fastgrpo.metrics import check_trackers
 
 
@@ -94,7 +96,18 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "model.lora.rank": 0,
+    "model.hidden_size": 1,
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 1,
+    "model.intermediate_size": 1,
     "model.warm_start.batch_size": 1,
+    "model.warm_start.max_steps": 1,
+    "model.warm_start.learning_rate": 0,
+    "data.max_prompt_tokens": 1,
+    "sampler.canary_tolerance": 0,
+    "cluster.num_threads": 1,
+    "cluster.num_ranks": 1,
 }
 _ABOVE_ZERO = (
     "sampling.top_p",
@@ -103,6 +116,7 @@ _ABOVE_ZERO = (
     "algorithm.importance_cap",
     "model.lora.alpha",
     "reward.timeout_s",
+    "cluster.memory_gb",
 )
 _SHARES = (
     "sampling.top_p",
@@ -114,6 +128,10 @@ _SHARES = (
 )
 
 
+_UNBOUNDED = ("train.max_grad_norm", "algorithm.clip_ratio_high", "algorithm.importance_cap", "reward.timeout_s")
+"""Limits, which infinity switches off."""
+
+
 def _get(config: Any, key: str) -> Any:
     for name in key.split("."):
         config = getattr(config, name)
@@ -121,15 +139,25 @@ def _get(config: Any, key: str) -> Any:
 
 
 def _ranges(config: Config) -> None:
+    for key in all_keys():
+        value = _get(config, key)
+        if isinstance(value, float) and not (math.isfinite(value) or (key in _UNBOUNDED and value > 0)):
+            refuse(key, value, "use a finite number")
     for key, least in _AT_LEAST.items():
-        if not _get(config, key) >= least:
-            refuse(key, _get(config, key), f"use a value of at least {least}")
+        value = _get(config, key)
+        if value is not None and value < least:
+            refuse(key, value, f"use a value of at least {least}")
     for key in _ABOVE_ZERO:
-        if not _get(config, key) > 0:
-            refuse(key, _get(config, key), "use a value above 0")
+        value = _get(config, key)
+        if value is not None and value <= 0:
+            refuse(key, value, "use a value above 0")
     for key in _SHARES:
         if not 0 <= _get(config, key) <= 1:
             refuse(key, _get(config, key), "use a value between 0 and 1")
+    if config.algorithm.std_ddof > 1:
+        refuse("algorithm.std_ddof", config.algorithm.std_ddof, "use 1 or 0")
+    if not -(2**63) <= config.seed < 2**63:
+        refuse("seed", config.seed, "use a number of at most 63 bits")
 
 
 def _combinations(config: Config, num_ranks: int) -> None:
@@ -191,6 +219,7 @@ def _combinations(config: Config, num_ranks: int) -> None:
         refuse(
             "eval.num_samples", config.eval.num_samples, "greedy samples are all equal; set eval.temperature above 0"
         )
+    _model(config)
     _layout(config, num_ranks)
     _lora(config)
     _sampler(config, num_ranks)
@@ -200,6 +229,22 @@ def _combinations(config: Config, num_ranks: int) -> None:
     if config.model.path is None and config.data.source != "arithmetic":
         refuse(
             "model.path", None, f"data.source={config.data.source} needs a model; give a Hugging Face directory or name"
+        )
+
+
+def _model(config: Config) -> None:
+    """The shape of the model that is built where none is given."""
+    model = config.model
+    if model.path is not None:
+        return
+    if model.num_heads % model.num_kv_heads:
+        refuse("model.num_kv_heads", model.num_kv_heads, f"use a divisor of model.num_heads={model.num_heads}")
+    head_size = model.hidden_size // model.num_heads
+    if head_size < 2 or head_size % 2:
+        refuse(
+            "model.hidden_size",
+            model.hidden_size,
+            f"model.num_heads={model.num_heads} gives heads of {head_size}; make that even and at least 2",
         )
 
 

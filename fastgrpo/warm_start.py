@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -109,9 +110,21 @@ def _supervised(prompts: list[Prompt], solutions: dict[str, torch.Tensor]) -> li
     ]
 
 
+def reserve(path: Path) -> None:
+    """See that `store` will be able to write, before minutes are spent on what it is to keep.
+
+    Raises UserError where it will not.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError("not writable")
+    except OSError as error:
+        raise UserError(f"model.cache_dir={path.parent}: cannot be written: {error}; choose another") from error
+
+
 def store(model: CausalLM, tokenizer, path: Path) -> None:
     """Keep the model at `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as beside:
         save_pretrained(model, tokenizer, Path(beside, "hf"))
         try:

@@ -95,6 +95,37 @@ CONFIGURATION = {
         "sampling.temperature=0",
         "sampling.temperature=0: greedy completions are all equal; use a value above 0 (eval may be greedy)",
     ),
+    "not a number": ("algorithm.entropy_coef=nan", "algorithm.entropy_coef=nan: use a finite number"),
+    "infinite rate": ("train.learning_rate=inf", "train.learning_rate=inf: use a finite number"),
+    "degrees of freedom": ("algorithm.std_ddof=2", "algorithm.std_ddof=2: use 1 or 0"),
+    "no threads": ("cluster.num_threads=0", "cluster.num_threads=0: use a value of at least 1"),
+    "no prompt tokens": ("data.max_prompt_tokens=0", "data.max_prompt_tokens=0: use a value of at least 1"),
+    "long seed": ("seed=99999999999999999999", "seed=99999999999999999999: use a number of at most 63 bits"),
+    "heads": (
+        ["model.path=null", "model.num_kv_heads=3"],
+        "model.num_kv_heads=3: use a divisor of model.num_heads=4",
+    ),
+    "head size": (
+        ["model.path=null", "model.hidden_size=12"],
+        "model.hidden_size=12: model.num_heads=4 gives heads of 3; make that even and at least 2",
+    ),
+    "no such token": (
+        "sampling.stop_token_ids=[-1]",
+        "sampling.stop_token_ids=-1: the model's tokens are 0 to",
+    ),
+    "punishment of steps": (
+        ["algorithm.advantage=process", "algorithm.overlong_buffer=2"],
+        "algorithm.overlong_buffer=2: it changes no step's reward; use 0",
+    ),
+    "cache that cannot be written": (
+        ["model.path=null", "model.cache_dir=/proc/x"],
+        "model.cache_dir=/proc/x: cannot be written: [Errno 2] No such file or directory: '/proc/x'; choose another",
+    ),
+    "open mapping": ("reward.extra=3", "reward.extra=3: wrong type; give"),
+    "name of a metric": (
+        "reward.extra.mean.path=fastgrpo.rewards.verifiable:exact_match",
+        "reward.extra.mean: reward/mean is a metric of its own; rename it",
+    ),
     "unknown name": (
         "algorithm.advantage=gae",
         "algorithm.advantage=gae: choose one of std, mean, leave_one_out, process",
