@@ -51,14 +51,24 @@ def train(
         if prompts is not None:
             path = Path(directory) / "prompts.jsonl"
             column = value_of(arguments, "data.prompt_column") or "question"
-            rows = [_row(prompt, column) for prompt in prompts]
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            answers = [] if all("answer" in row for row in rows) else ["data.answer_column=null"]
+            rows = _rows(prompts, column)
+            path.write_text("".join(map(_line, rows)), encoding="utf-8")
+            # Where some have an answer and some do not, the data's own refusal names the first without.
+            answers = [] if any("answer" in row for row in rows) else ["data.answer_column=null"]
             held_out = f"data.eval_size={int(HELD_OUT * len(rows))}"
             arguments = ["data=jsonl", f"data.path={path}", held_out, *answers, *arguments]
         config, text = compose("train", with_run_dir(with_shorthands(arguments)))
         _, run_dir = run(config, text, reward=reward)
     return TrainResult(run_dir=run_dir, metrics=read_jsonl(run_dir / "metrics.jsonl"))
+
+
+def _rows(prompts: Sequence[str | Mapping[str, Any]], column: str) -> list[dict[str, Any]]:
+    # Both can be gone through: a text letter by letter, a pandas.DataFrame by the names of its columns.
+    if isinstance(prompts, str | Mapping) or hasattr(prompts, "iterrows"):
+        raise UserError(
+            f"prompts: a {type(prompts).__name__} is no list of prompts; give a list of texts or of mappings of columns"
+        )
+    return [_row(prompt, column) for prompt in prompts]
 
 
 def _row(prompt: str | Mapping[str, Any], column: str) -> dict[str, Any]:
@@ -67,3 +77,19 @@ def _row(prompt: str | Mapping[str, Any], column: str) -> dict[str, Any]:
     if isinstance(prompt, Mapping):
         return dict(prompt)
     raise UserError(f"prompts: {prompt!r} is neither a text nor a mapping of columns")
+
+
+def _line(row: dict[str, Any]) -> str:
+    try:
+        return json.dumps(row, default=_plain) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"prompts: {row!r:.80} holds what JSON cannot ({error}); give texts, numbers or lists"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and torch's numbers and arrays, which data sets are full of."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}")

@@ -1,5 +1,6 @@
 """fastgrpo from a notebook: one's own prompts and reward function in a dozen lines."""
 
+import numpy as np
 import pytest
 
 import fastgrpo
@@ -17,15 +18,17 @@ SMALL = [
 ]
 
 
-def test_a_dozen_lines_train_on_own_prompts_and_reward(workplace, tiny_qwen2):
+def test_a_dozen_lines_train_on_own_prompts_and_reward(workplace, tiny_qwen2, monkeypatch):
     calls = []
 
     def vowels(completion, answer):
         calls.append((completion, answer))
         return sum(letter in "aeiou" for letter in completion.lower())
 
-    questions = [{"question": f"Say {i}: ", "answer": str(i)} for i in range(20)]
-    result = fastgrpo.train(questions, reward=vowels, overrides=[f"model.path={tiny_qwen2}", *SMALL])
+    monkeypatch.setenv("HOME", str(workplace))
+    questions = [{"question": f"Say {i}: ", "answer": np.int64(i)} for i in range(20)]
+    overrides = [f"model.path={tiny_qwen2}", 'run.dir="~/mine"', *SMALL]
+    result = fastgrpo.train(questions, reward=vowels, overrides=overrides)
 
     assert [row["step"] for row in result.metrics] == [0, 1, 2]
     assert result.metrics[-1]["policy_version"] == 2
@@ -33,7 +36,7 @@ def test_a_dozen_lines_train_on_own_prompts_and_reward(workplace, tiny_qwen2):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(result.model_path)
-    assert {answer for _, answer in calls} <= {str(i) for i in range(20)}
+    assert {answer for _, answer in calls} <= set(range(20))
     assert len(calls) >= 2 * 4 * 4
     assert (result.run_dir / "report.html").exists()
 
@@ -75,6 +78,9 @@ def test_a_stopped_training_goes_on(workplace, tiny_qwen2):
     ("prompts", "overrides", "message"),
     [
         ([3], [], "prompts: 3 is neither a text nor a mapping of columns"),
+        ("What is 2 + 3?", [], "prompts: a str is no list of prompts; give a list of texts"),
+        ([{"question": "a", "answer": {1}}], [], "holds what JSON cannot (a set); give texts, numbers or lists"),
+        ([{"question": "a", "answer": "1"}, {"question": "b"}], [], "line 2 has no column 'answer'"),
         (["a"], ["train.learning_rat=1"], "train.learning_rat: no such key; did you mean train.learning_rate"),
         ([], [], "has no rows; give a file with at least one"),
         ([{"text": "a"}], [], "has no column 'question' (data.prompt_column); its columns are text"),
