@@ -88,6 +88,12 @@ def report(arguments: list[str]) -> int:
     """Write report.html of a run again: `fastgrpo report [run.dir=PATH]`."""
     from fastgrpo.report import write_report
 
+    if any(argument in ("--help", "-h") for argument in arguments):
+        print("usage: fastgrpo report [run.dir=PATH]\n\nWrites PATH/report.html again; without a path, runs/latest's.")
+        return 0
+    for argument in arguments:
+        if not argument.startswith("run.dir="):
+            raise UserError(f"{argument}: `fastgrpo report` knows run.dir=PATH alone")
     directory = Path(value_of(arguments, "run.dir") or RUNS / "latest").expanduser()
     if not (directory / "metrics.jsonl").is_file():
         raise UserError(f"run.dir={directory}: no metrics.jsonl there; give a run's directory")
@@ -226,10 +232,10 @@ def open_mapping(argument: str) -> str:
 
 
 def value_of(arguments: list[str], key: str) -> str | None:
-    """The value that the arguments give a key, or None."""
+    """The value that the arguments give a key, without the quotes that a path with a space needs, or None."""
     for argument in reversed(arguments):
         if argument.lstrip("+").startswith(f"{key}="):
-            return argument.split("=", 1)[1]
+            return argument.split("=", 1)[1].strip("'\"")
     return None
 
 
@@ -249,9 +255,11 @@ def with_shorthands(arguments: list[str]) -> list[str]:
 
 
 def with_run_dir(arguments: list[str]) -> list[str]:
-    """resume=auto without a run.dir goes on in runs/latest, and resume=PATH in the run that the path belongs to."""
-    resume = value_of(arguments, "resume")
-    if resume in (None, "no") or value_of(arguments, "run.dir") is not None:
+    """resume=auto without a run.dir goes on in runs/latest, and resume=PATH in the run that the path belongs to.
+
+    Not in a sweep, each of whose runs has a directory of its own under hydra.sweep.dir."""
+    resume, sweeps = value_of(arguments, "resume"), {"--multirun", "-m"}.intersection(arguments)
+    if resume in (None, "no") or value_of(arguments, "run.dir") is not None or sweeps:
         return arguments
     if resume == "auto":
         latest = RUNS / "latest"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +36,8 @@ def run(config: Config, text: str, reward: Callable[..., Any] | None = None) -> 
     # The default holds the time, which is not the same on every rank.
     config = replace(config, run=replace(config.run, dir=ranks.from_main(config.run.dir)))
     run_dir = Path(config.run.dir).expanduser()
-    if ranks.is_main:
-        _claim(run_dir, config)
-    with assemble(config, ranks, reward) as parts:
+    mine = _claimed(run_dir, config) if ranks.is_main else nullcontext()
+    with mine, assemble(config, ranks, reward) as parts:
         for warning in warnings:
             parts.console.message(f"warning: {warning}")
         try:
@@ -119,16 +120,31 @@ def plan_only(config: Config) -> tuple[Plan, str]:
     return plan, f"{algebra}\n\n{table(plan)}"
 
 
-def _claim(run_dir: Path, config: Config) -> None:
-    """Make the run's directory, if it can be written and is nobody else's."""
+@contextmanager
+def _claimed(run_dir: Path, config: Config) -> Iterator[None]:
+    """Make the run's directory, if it can be written and is nobody else's, and keep it for the block."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK):
             raise PermissionError("not writable")
+        directory = os.open(run_dir, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"run.dir={config.run.dir}: cannot be written: {error}; choose another") from error
-    if config.resume == "no" and (run_dir / "metrics.jsonl").exists():
-        raise UserError(f"run.dir={config.run.dir} holds a run already: set resume=auto or another run.dir")
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            _lock(directory, config)
+        if config.resume == "no" and (run_dir / "metrics.jsonl").exists():
+            raise UserError(f"run.dir={config.run.dir} holds a run already: set resume=auto or another run.dir")
+        yield
+    finally:
+        os.close(directory)  # which unlocks it, as a kill does
+
+
+def _lock(directory: int, config: Config) -> None:
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"run.dir={config.run.dir}: another process trains there; stop it or choose another") from None
 
 
 def _point_latest_to(run_dir: Path) -> None:

@@ -1,6 +1,8 @@
 """The command line: what it prints, what it refuses, and that a mistake is one line and exit code 2."""
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -351,6 +353,15 @@ def test_a_run_directory_that_holds_a_run_is_refused(call, tiny_qwen2):
     assert Path("run/metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_directory_in_which_another_process_trains_is_refused(refusal, tiny_qwen2):
+    Path("run").mkdir()
+    other = os.open("run", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    line = refusal("train", *small_run(tiny_qwen2), "resume=auto")
+    assert line == "run.dir=run: another process trains there; stop it or choose another"
+    os.close(other)
+
+
 def test_a_refused_command_leaves_nothing_behind(refusal, tiny_qwen2):
     refusal("train", *small_run(tiny_qwen2, "run.dir=~/run", "sampling.temperature=-1"))
     refusal("train", f"model.path={tiny_qwen2}", "sampling.temperature=-1")
@@ -464,6 +475,15 @@ def test_multirun_gives_each_run_its_own_directory(call, tiny_qwen2):
         assert len(read_jsonl(f"sweep/{number}/metrics.jsonl")) == 2
 
 
+def test_a_sweep_goes_on_in_its_own_directories(call, tiny_qwen2):
+    small = [argument for argument in small_run(tiny_qwen2) if "run.dir" not in argument]
+    sweep = ("--multirun", "seed=0,1", "hydra.sweep.dir=runs/sweep", "resume=auto")
+    for num_steps in (1, 2):
+        assert call("train", *small, *sweep, f"train.num_steps={num_steps}")[0] == 0
+        for number in (0, 1):
+            assert [row["step"] for row in read_jsonl(f"runs/sweep/{number}/metrics.jsonl")] == [*range(num_steps + 1)]
+
+
 def test_multirun_goes_on_after_a_mistake_and_says_it(call, tiny_qwen2):
     small = [argument for argument in small_run(tiny_qwen2, "train.num_steps=1") if "run.dir" not in argument]
     code, _, err = call("train", *small, "-m", "sampling.temperature=-1,1", "hydra.sweep.dir=sweep")
@@ -492,6 +512,8 @@ def test_report_writes_the_page_again(call, tiny_qwen2):
     page.unlink()
     assert call("report", "run.dir=run") == (0, "run/report.html\n", "")
     assert "<html" in page.read_text()
+    assert call("report", "run") == (2, "", "fastgrpo: run: `fastgrpo report` knows run.dir=PATH alone\n")
+    assert call("report", "--help")[1].startswith("usage: fastgrpo report [run.dir=PATH]")
 
 
 def test_report_of_no_run_is_refused(refusal):
@@ -520,8 +542,7 @@ def test_a_llama_trains_too(call, tiny_llama):
 
 def test_a_path_selects_the_groups_that_go_with_it(call, tiny_qwen2):
     """The quickstart's learning rate must not meet a real model."""
-    Path("q.jsonl").write_text('{"question": "a", "answer": "1"}\n')
-    _, out, _ = call("train", f"model.path={tiny_qwen2}", "data.path=q.jsonl", "reward=gsm8k", "--cfg", "job")
+    _, out, _ = call("train", f"model.path={tiny_qwen2}", 'data.path="my q.jsonl"', "reward=gsm8k", "--cfg", "job")
     assert "\n  learning_rate: 1.0e-06\n" in out
     assert "\n  source: jsonl\n" in out
     assert "\n  path: fastgrpo.rewards.verifiable:gsm8k\n" in out
