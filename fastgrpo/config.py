@@ -381,7 +381,7 @@ class EvalConfig:
     num_prompts: int | None = None
     """null: all held-out questions."""
     num_samples: int = 1
-    """Above 1: pass@k and maj@k as well; needs eval.temperature > 0."""
+    """Above 1: pass@k as well; needs eval.temperature > 0."""
     temperature: float = 0.0
     """0 is greedy."""
     max_new_tokens: int | None = None

@@ -31,7 +31,7 @@ def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
         groups += [g for g in scored if not (config.dynamic_sampling and is_constant(g.rewards))]
         if len(groups) == wanted or not config.dynamic_sampling:
             break
-    row = {**stats.of_rewards(sampled, counts), "groups/used": len(groups)}
+    row = {**stats.of_rewards(sampled, counts), "groups/used": len(groups), "epoch": run.stream.epoch}
     if run.config.sampler.oversample > 0:
         row |= stats.of_staleness(sampled, run.learner.policy_version) | {"groups/unfinished": len(run.unfinished)}
     return groups, row

@@ -26,15 +26,24 @@ def of_rewards(groups: list[ScoredGroup], failures: Mapping[str, int]) -> dict[s
     row |= {f"reward/{name}": torch.cat([group.reward_terms[name] for group in groups]).mean().item() for name in terms}
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], dtype=torch.float32)
-    prompt_tokens = sum(len(group.group.prompt.token_ids) * len(group.group.rollouts) for group in groups)
+    finished = lengths[[rollout.finish_reason == "stop" for rollout in rollouts]]
+    if len(finished):
+        row["response_length/finished_mean"] = finished.mean().item()
+    prompts = [len(group.group.prompt.token_ids) for group in groups]
+    prompt_tokens = sum(n * len(group.group.rollouts) for n, group in zip(prompts, groups, strict=True))
     return {
         **row,
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(correction=0).item(),
+        "reward/group_std": sum(group.rewards.std(correction=0).item() for group in groups) / len(groups),
+        "reward/min": rewards.min().item(),
+        "reward/max": rewards.max().item(),
         "groups/constant_fraction": sum(is_constant(group.rewards) for group in groups) / len(groups),
         "response_length/mean": lengths.mean().item(),
         "response_length/min": lengths.min().item(),
         "response_length/max": lengths.max().item(),
+        "prompt_length/mean": sum(prompts) / len(prompts),
+        "prompt_length/max": max(prompts),
         "truncated_fraction": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         "tokens": prompt_tokens + int(lengths.sum()),
     }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import make_groups, small_run
+from builders import make_groups, save_tiny_model, small_run
 
 from fastgrpo.assemble import assemble
 from fastgrpo.config import UserError
@@ -506,6 +507,20 @@ def test_every_row_has_the_documented_keys_and_times_that_add_up(workplace, tiny
         assert ("eval/accuracy" in row) == (row["step"] in (0, 2, 3))
         assert (row["time/checkpoint_s"] > 1e-3) == (row["step"] in (2, 3))
     assert all(row["time/generate_s"] > 0 and row["time/update_s"] > 0 for row in rows[1:])
+
+
+def test_metrics_md_names_every_metric(workplace, tmp_path):
+    documented = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    more = ["sampler.oversample=0.5", "sampler.round_tokens=2", "algorithm.importance_level=token"]
+    more += ["eval.num_samples=4", "eval.temperature=1", "reward.extra.x.path=fastgrpo.rewards.verifiable:exact_match"]
+    rows = rows_of(
+        *small_run(
+            save_tiny_model(tmp_path / "moe", "qwen3_moe"), "learner.router_replay=true", "train.num_steps=3", *more
+        )
+    )
+    for key in {key for row in rows for key in row} - {"step", "reward/x", "reward/varied"}:
+        general = re.sub(r"^memory/[a-z]+", "memory/<phase>", re.sub(r"^time/(?!total)[a-z]+", "time/<part>", key))
+        assert f"`{general}`" in documented, key
 
 
 def test_tokens_count_the_prompt_once_for_every_completion(workplace, tiny_qwen2):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from functools import cached_property
 from typing import Any
 
 from fastgrpo.config import UserError
@@ -27,6 +29,11 @@ class PromptStream:
         self._shuffle = shuffle
         self._deferred: list[int] = []
         self._start_epoch(0)
+
+    @property
+    def epoch(self) -> float:
+        """How often the data has been gone through, in whole and in part."""
+        return self._epoch + (self._position - len(self._deferred)) / len(self._order)
 
     def take(self, n: int) -> list[Prompt]:
         """The next n prompts, over as many epochs as that takes."""
@@ -65,20 +72,34 @@ class PromptStream:
             random.Random(f"prompts/{self._seed}/{epoch}").shuffle(self._order)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as plain numbers: {num_prompts, epoch, position, deferred}."""
+        """Where the stream stands, for JSON: {num_prompts, digest, epoch, position, deferred}."""
         return {
             "num_prompts": len(self._prompts),
+            "digest": self._digest,
             "epoch": self._epoch,
             "position": self._position,
             "deferred": list(self._deferred),
         }
 
+    @cached_property
+    def _digest(self) -> str:
+        """Of every prompt's text in the data's order: positions mean nothing among others."""
+        digest = hashlib.blake2b(digest_size=8)
+        for prompt in self._prompts:
+            digest.update(prompt.text.encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken. Raises UserError where the data has another number of prompts now."""
+        """Goes on where `state` was taken. Raises UserError where the data has other prompts now."""
         if state["num_prompts"] != len(self._prompts):
             raise UserError(
                 f"resume: the checkpoint was made with {state['num_prompts']} training prompts, the data now has "
                 f"{len(self._prompts)}; restore the data or start anew with resume=no"
+            )
+        if state["digest"] != self._digest:
+            raise UserError(
+                "resume: the data has other training prompts than the checkpoint was made with, or in another order; "
+                "restore the data or start anew with resume=no"
             )
         self._start_epoch(state["epoch"])
         self._position = state["position"]

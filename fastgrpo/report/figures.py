@@ -155,7 +155,7 @@ def _accuracy(buckets: Buckets) -> Chart:
 
 
 def _is_accuracy(key: str) -> bool:
-    return key == "eval/accuracy" or key.startswith(("eval/pass@", "eval/maj@"))
+    return key == "eval/accuracy" or key.startswith("eval/pass@")
 
 
 def _length(buckets: Buckets) -> Chart:

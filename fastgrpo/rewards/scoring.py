@@ -22,7 +22,7 @@ Scores = list[float | StepRewards]
 """One function's values for a group, one per completion."""
 
 
-TAKEN = ("mean", "std", "error_count", "timeout_count", "dropped_groups")
+TAKEN = ("mean", "std", "group_std", "min", "max", "error_count", "timeout_count", "dropped_groups")
 """Names of a run's other metrics under reward/."""
 
 

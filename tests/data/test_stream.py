@@ -80,7 +80,12 @@ def test_a_state_is_a_copy():
     original.take(4)
     state = original.state_dict()
     original.take(4)
-    assert state == {"num_prompts": 5, "epoch": 1, "position": 3, "deferred": []}
+    assert state == {"num_prompts": 5, "digest": state["digest"], "epoch": 1, "position": 3, "deferred": []}
+
+
+def test_an_epoch_passes_with_what_is_taken():
+    slowly = stream(5)
+    assert [(slowly.take(2), slowly.epoch)[1] for _ in range(5)] == [0.4, 0.8, 1.2, 1.6, 2.0]
 
 
 def test_errors():
@@ -88,3 +93,6 @@ def test_errors():
         stream(0)
     with pytest.raises(UserError, match=r"made with 5 training prompts, the data now has 6; .*resume=no"):
         stream(6).load_state_dict(stream(5).state_dict())
+    others = PromptStream(prompts(6)[1:], seed=0, shuffle=True)
+    with pytest.raises(UserError, match=r"other training prompts than the checkpoint was made with, .*resume=no"):
+        others.load_state_dict(stream(5).state_dict())
