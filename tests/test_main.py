@@ -115,10 +115,6 @@ CONFIGURATION = {
         "sampling.stop_token_ids=[-1]",
         "sampling.stop_token_ids=-1: the model's tokens are 0 to",
     ),
-    "punishment of steps": (
-        ["algorithm.advantage=process", "algorithm.overlong_buffer=2"],
-        "algorithm.overlong_buffer=2: it changes no step's reward; use 0",
-    ),
     "cache that cannot be written": (
         ["model.path=null", "model.cache_dir=/proc/x"],
         "model.cache_dir=/proc/x: cannot be written: [Errno 2] No such file or directory: '/proc/x'; choose another",
