@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent: written beside, verified, then renamed.
 
 A checkpoint is a directory checkpoints/step-000050 with learner/ (what the learner writes: weights, optimizer,
-reference), run.json (the step, the data's order) and manifest.json (every file's size and SHA-256). A kill at any
-moment leaves at worst a directory whose name starts with a dot, which the next save removes.
+reference), run.json (the step, the data's order, unfinished completions) and manifest.json (every file's size and
+SHA-256). A kill at any moment leaves at worst a directory whose name starts with a dot, which the next save removes.
 
 Each rank writes, flushes and hashes its own files, and on a resume hashes its share of all of them. Directories are
 made, named and removed by the main rank alone.
@@ -43,7 +43,7 @@ class Checkpoint:
         return self.path / "learner"
 
     def run_state(self) -> dict[str, Any]:
-        """The step and the data's order."""
+        """What the learner does not hold: the step, the data's order, unfinished completions."""
         return json.loads((self.path / "run.json").read_text())
 
 

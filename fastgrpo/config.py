@@ -36,8 +36,11 @@ class WarmStartConfig:
     target_accuracy: float = 0.25
     """Stop once this share of sampled answers is right."""
     max_steps: int = 2000
+    """Give up after this many updates."""
     batch_size: int = 128
+    """Worked solutions in an update."""
     learning_rate: float = 2e-3
+    """Of AdamW, reached after 20 updates."""
 
 
 @dataclass(kw_only=True)
@@ -97,6 +100,7 @@ class DataConfig:
     hub_config: str | None = None
     """The hub data set's configuration, such as `main` for openai/gsm8k."""
     split: str = "train"
+    """The hub data set's split to train on."""
     eval_split: str | None = None
     """The hub data set's held-out split; null splits eval_size rows off."""
     prompt_column: str = "question"
@@ -132,6 +136,7 @@ class RewardTerm:
     path: str = "???"
     """module:function or file.py:function."""
     weight: float = 1.0
+    """Its value's factor in the reward."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Fixed keyword arguments for the function."""
 
@@ -143,6 +148,7 @@ class RewardConfig:
     path: str = "fastgrpo.rewards.verifiable:exact_match"
     """module:function or file.py:function."""
     weight: float = 1.0
+    """Its value's factor in the reward."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Fixed keyword arguments for the function."""
     extra: dict[str, RewardTerm] = field(default_factory=dict)
@@ -163,6 +169,7 @@ class ReferenceConfig:
     schedule: str = "fixed"
     """fixed | refresh (becomes the policy every refresh_every steps, iterative GRPO) | ema."""
     refresh_every: int = 100
+    """refresh: steps between one reference and the next."""
     ema_decay: float = 0.99
     """ema: reference = decay * reference + (1 - decay) * policy after every step."""
 
@@ -188,12 +195,15 @@ class AlgorithmConfig:
     ratio_level: str = "token"
     """token | sequence (GSPO)."""
     clip_ratio_low: float = 0.2
+    """epsilon: the ratio is clipped below at 1 - clip_ratio_low."""
     clip_ratio_high: float = 0.2
     """Above clip_ratio_low it is DAPO's clip-higher."""
     dual_clip: float | None = None
     """c > 1: the loss of a token with negative advantage is at most -c*A."""
     sapo_tau_pos: float = 1.0
+    """sapo: the gate's temperature where the advantage is positive."""
     sapo_tau_neg: float = 1.05
+    """sapo: and where it is not."""
     kl_coef: float = 0.04
     """beta of the KL term, which is in the loss and never in the reward; 0 loads no reference model."""
     kl_estimator: str = "k3"
@@ -209,12 +219,15 @@ class AlgorithmConfig:
     """truncate: weights above importance_cap become it.  mask: outside [importance_floor, importance_cap] they become
     0, so that what sampler and learner disagree on carries no loss."""
     importance_floor: float = 0.0
+    """mask: smaller weights become 0."""
     importance_cap: float = 2.0
+    """truncate: larger weights become this.  mask: they become 0."""
     mask_truncated: bool = False
     """Completions cut at max_new_tokens keep their place in the group's baseline but carry no loss."""
     overlong_buffer: int = 0
     """DAPO's soft punishment: the last this many tokens before max_new_tokens cost up to overlong_penalty. 0: off."""
     overlong_penalty: float = 1.0
+    """What a completion of max_new_tokens loses of its reward."""
     dynamic_sampling: bool = False
     """Replace groups of equal rewards by new prompts (DAPO)."""
     max_resamples: int = 4
@@ -226,11 +239,15 @@ class SamplingConfig:
     """How completions are drawn."""
 
     temperature: float = 1.0
+    """Logits are divided by it, in sampling and in the objective alike."""
     top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability; 1 keeps every token."""
     top_k: int = 0
     """0 keeps every token."""
     max_new_tokens: int = 1024
+    """A completion is cut at this many tokens."""
     min_new_tokens: int = 0
+    """No stop token is drawn before this many."""
     stop_token_ids: list[int] | None = None
     """null: the tokenizer's (and generation configuration's) end tokens."""
 
@@ -240,22 +257,31 @@ class TrainConfig:
     """The steps."""
 
     num_steps: int = 100
+    """Steps of the run, each with rollouts of its own."""
     prompts_per_step: int = 128
+    """Questions of a step over all ranks; each is completed algorithm.group_size times."""
     updates_per_rollout: int = 1
     """mu of Algorithm 1: passes over a step's rollouts."""
     num_minibatches: int = 1
     """Optimizer updates in one pass; prompts_per_step must be divisible by it."""
     learning_rate: float = 1e-6
+    """AdamW's, at its highest."""
     lr_schedule: str = "constant"
     """constant | linear | cosine, after the warm-up, down to min_lr_ratio."""
     warmup_steps: int = 0
+    """Steps over which the learning rate rises to it from near 0."""
     min_lr_ratio: float = 0.0
+    """The last learning rate as a share of the highest."""
     weight_decay: float = 0.0
     """On matrices only: norms and biases are left alone."""
     adam_beta1: float = 0.9
+    """Decay of the running mean of gradients."""
     adam_beta2: float = 0.999
+    """Decay of the running mean of squared gradients."""
     adam_eps: float = 1e-8
+    """Added to the root in AdamW's denominator."""
     max_grad_norm: float = 1.0
+    """Gradients of a larger L2 norm, over all parameters, are scaled down to it."""
     moe_aux_loss_coef: float = 0.0
     """Of the loss that evens out the use of a mixture's experts (docs/parallelism.md); above 0 an update takes one more
     forward pass. Models are often pretrained with 0.001, their config.json's router_aux_loss_coef."""

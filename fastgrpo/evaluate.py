@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.metrics import Sample
+from fastgrpo.stats import FAILURES
 from fastgrpo.types import ScoredGroup
 
 NUM_SHOWN = 8
-FAILURES = ("error_count", "timeout_count", "dropped_groups")
 CORRECT = 1.0
 """A completion is right where the first reward function gives it at least this."""
 
@@ -24,7 +24,7 @@ def summarize(
 
     counts: the reward functions' failures. Where there were any, eval/error_count, eval/timeout_count and
     eval/dropped_groups say so; where reward.on_error=drop leaves no group there is nothing else to say."""
-    failures = {f"eval/{name}": count for name in FAILURES if (count := counts.get(f"reward/{name}", 0.0))}
+    failures = {name.replace("reward", "eval"): counts[name] for name in FAILURES if counts.get(name)}
     if not groups:
         return failures, []
     right = torch.stack([correct(group) for group in groups])  # (prompts, samples)

@@ -80,7 +80,7 @@ class Phases:
 
 
 def held_bytes() -> int:
-    """What this process holds: of the GPU what its driver counts as used, else resident memory."""
+    """What is in use of the GPU, by whomever, or without one this process's resident memory."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return total - free

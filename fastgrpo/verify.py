@@ -140,7 +140,7 @@ def _mask(mask: str, num_tokens: int, cu: Tensor, rng: torch.Generator) -> Tenso
 
 
 def _weights(aggregation: str, scored: Tensor, cu: Tensor) -> Tensor:
-    """(T,) the three aggregations of DESIGN section 3 over the scored tokens."""
+    """(T,) the three aggregations of docs/objective.md over the scored tokens."""
     sequence = reference.sequence_of_token(cu, scored.shape[0])
     num_sequences = cu.shape[0] - 1
     lengths = torch.zeros(num_sequences).index_add_(0, sequence, scored.float()).clamp(min=1.0)
