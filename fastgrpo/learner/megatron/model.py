@@ -101,6 +101,9 @@ class FeedForward(MLP):
     """MLP that keeps gate and up alone for its backward pass; Megatron's, unfused, keeps five such tensors, not three
     (silu(gate), and up plus an offset of 0)."""
 
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         gate_up, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(swiglu(*gate_up.chunk(2, dim=-1)))
@@ -262,11 +265,9 @@ def _block_spec(
         q_layernorm=RMSNorm if architecture.qk_norm else None,
         k_layernorm=RMSNorm if architecture.qk_norm else None,
     )
+    mlp: Any = FeedForward  # as a spec Megatron would say of every layer's that it does not know it
     if architecture.num_experts:
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=Experts, router=Router))
-    else:
-        dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        mlp = ModuleSpec(module=FeedForward, submodules=dense)
     layer = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(
