@@ -7,8 +7,7 @@ distributed optimizer's run of entries, is cut where the tensors' rows end. So n
 has written, with either optimizer, any other reads. (Megatron's own formats for its distributed optimizer change dp
 alone, or gather the whole state on every rank.)
 
-The directory is a file set beside others: writing it whole or not at all is the caller's business. A script that saves
-needs the `if __name__ == "__main__"` guard, because the writer starts a process that imports it again.
+The directory is a file set beside others: writing it whole or not at all is the caller's business.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What dist_checkpointing writes, written by whichever thread asks for it.
 
 Megatron 0.16 forks processes for that: from a process full of threads, and they would go on writing after a killed run.
-Threads do as well, because writing and hashing let others run.
+Threads do as well, because writing and hashing let others run. Nor is there a process that holds the results until they
+are asked for: a SIGTERM of torchrun's goes to a rank's children too, and the save that follows would not find it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from queue import Queue, SimpleQueue
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -24,6 +26,7 @@ from fastgrpo.learner.protocol import PendingSave
 OWN = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 # Megatron turns garbage collection off around it; in a thread that would turn it off for the training loop too.
 write_file = inspect.unwrap(FileSystemWriterAsync.write_preloaded_data)
+filesystem_async._results_queue = SimpleQueue()
 
 
 def begin_save(state: dict[str, Any], directory: Path, host: HostMemory) -> PendingSave:

@@ -6,6 +6,7 @@ Usage: start.py RANK NUM_PROCESSES DIRECTORY, with one Hugging Face directory a 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import sys
 import time
 import traceback
@@ -338,6 +339,7 @@ def odd_checkpoints(directory: Path) -> dict[str, Any]:
         "lacking": loading(with_reference, saved["without"]),
         "none": loading(without, saved["none"]),
     }
+    said["processes"] = len(multiprocessing.active_children())
     parallel.destroy()
     return said
 
