@@ -89,7 +89,7 @@ class MegatronLearner:
             self.reference: list[HiddenStatesModel] | None = None
             if reference and adapters is None:
                 self.reference = build(architecture, layout, dtype=dtype)
-                convert.load(self.reference, read, self.parallel)
+                self.move_reference(1.0)  # from the policy: its files are read once
                 for chunk in self.reference:
                     chunk.eval().requires_grad_(False)
             self.ddp = _data_parallel(

@@ -318,9 +318,15 @@ def pending_save(directory: Path) -> list[str]:
 def odd_checkpoints(directory: Path) -> dict[str, Any]:
     """Saved before the first step, without a reference or with one too many, and none at all: what loading says."""
 
+    architecture, read = Architecture.of(model_of(RESHARDED_MODEL).config), from_directory(directory / RESHARDED_MODEL)
+    names: list[str] = []
+
+    def counted(name: str) -> torch.Tensor:
+        names.append(name)
+        return read(name)
+
     def learner_with(reference: bool) -> MegatronLearner:
-        path = str(directory / RESHARDED_MODEL)
-        return MegatronLearner.from_pretrained(path, Layout(), TRAIN, num_updates=1, reference=reference)
+        return MegatronLearner(architecture, counted, Layout(), TRAIN, num_updates=1, reference=reference)
 
     def loading(learner: MegatronLearner, saved: Path) -> int | str:
         try:
@@ -339,6 +345,7 @@ def odd_checkpoints(directory: Path) -> dict[str, Any]:
         "lacking": loading(with_reference, saved["without"]),
         "none": loading(without, saved["none"]),
     }
+    said["reads"] = sorted(set(Counter(names).values()))
     said["processes"] = len(multiprocessing.active_children())
     parallel.destroy()
     return said

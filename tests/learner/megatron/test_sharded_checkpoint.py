@@ -40,5 +40,6 @@ def test_what_is_missing_from_a_checkpoint_is_named(results_of):
         "one too many": 0,
         "lacking": "resume=DIRECTORY: saved without a reference model; resume with algorithm.kl_coef=0",
         "none": "resume=DIRECTORY: no state of a Megatron learner there",
+        "reads": [2],  # of each tensor by two learners, also by the one with a reference
         "processes": 0,  # left by a save: a signal to the rank's group would end them before the next
     }
