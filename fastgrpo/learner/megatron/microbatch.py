@@ -69,10 +69,11 @@ def _ready(batch: PackedBatch, parallel: Parallel, device: torch.device) -> Micr
             hidden_rows=share.gathered[batch.hidden_rows],
             routed_experts=None if batch.routed_experts is None else batch.routed_experts[share.rows],
         )
+    notes = for_routers(weights, batch.routed_experts)
     return MicroBatch(
         replace(batch, routed_experts=None).to(device),
         SegmentParams(plan=SegmentPlan(segments, device, share)),
-        for_routers(weights, batch.routed_experts),
+        notes.pin_memory() if device.type == "cuda" else notes,  # so that nothing waits when it is computed
     )
 
 
