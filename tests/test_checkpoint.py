@@ -177,3 +177,5 @@ def test_only_a_second_ctrl_c_leaves_a_writer_behind(tmp_path, error):
     assert released.is_set() == (error is ValueError)  # it has waited for them
     assert all(thread.is_alive() for thread in writers) or error is ValueError
     released.set()
+    for thread in writers:
+        thread.join(timeout=10)
