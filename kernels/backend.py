@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -61,8 +62,6 @@ def take_once(ctx: Any, name: str) -> Any:
     return grads
 
 
-def scale_in_place(grad: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    """grad * scale in grad's memory, without waiting for a device; on a CPU a scale of 1 costs nothing."""
-    if grad is None or scale is None or (scale.device.type == "cpu" and scale.item() == 1.0):
-        return grad
-    return grad.mul_(scale)
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(tensor)

@@ -5,7 +5,9 @@ Letters: C rows of a chunk, H hidden, V vocabulary (shard).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,7 +21,8 @@ Span = tuple[int, int]
 _CPU_STRIP_ELEMENTS = 1 << 20  # see torch_rows: a chunk of one strip computes its exponentials once
 _CPU_TILE_ELEMENTS = 1 << 24
 _CPU_GEMM_ROWS = 256  # more rows do not make the CPU's GEMMs faster
-_GPU_TILE_FRACTION = 128  # 1.1 GB of an H200, 0.6 GB of an 80 GB card
+_GPU_TILE_FRACTION = 124  # 1.2 GB of an H200, 0.7 GB of an 80 GB card
+_GPU_STEP = 1 << 32
 _ONEDNN_SUM = 1 << 21  # above this, adding oneDNN's product to dWeight costs more than MKL's accumulation loses
 _CPU_UPCAST_ROWS = 4096  # rows of a half-precision weight that are float32 at once on a CPU
 
@@ -34,27 +37,75 @@ def tile_dtype(asked: torch.dtype | None, dtype: torch.dtype, triton: bool) -> t
     return asked
 
 
-def chunk_size(
-    asked: int | None, num_columns: int, dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device
-) -> int:
-    """Rows of a chunk of logits: what was asked for, or from V, the dtypes and the device's total memory.
+@dataclass(frozen=True, kw_only=True)
+class ChunkRows:
+    """Rows that exist at once: `logits` of the wide tile, and `gradients` of the dlogits that two GEMMs then take.
+
+    They differ where dlogits are narrower than the tile: logits then come in strips, and the GEMMs behind them, which
+    pay for every chunk (see chunk_rows), take many strips together.
+    """
+
+    logits: int
+    gradients: int
+
+
+def chunk_rows(
+    asked: int | None, weight: Tensor, logits_dtype: torch.dtype, *, gradient: bool, strips: bool = True
+) -> ChunkRows:
+    """Rows of a chunk: what was asked for, or from the weight (V, H), the dtypes and the device.
 
     Total and not free memory: the chunks fix the order in which dWeight accumulates, and a run must repeat
-    bit by bit whatever else happens to be allocated. On a GPU at least 256 rows (60 % of the GEMM's rate by
-    the roofline of docs/kernels.md; 1024 reach 94 %), at most 4096.
+    bit by bit whatever else happens to be allocated. In steps of 4 GiB: the ranks of a vocabulary must agree.
+
+    gradient: whether dlogits are wanted. strips: whether logits may come in strips of a chunk; not where the whole
+    chunk must be seen before any gradient.
     """
     if asked is not None:
         if asked < 1:
             raise ValueError(f"chunk_size={asked}: use at least 1, or None")
-        return asked
-    columns = max(num_columns, 1)
-    if device.type == "cuda":
-        # dlogits take a second tile where the logits are wider than they are
-        bytes_per_logit = logits_dtype.itemsize + (dtype.itemsize if dtype != logits_dtype else 0)
-        total = torch.cuda.get_device_properties(device).total_memory
-        rows = total // _GPU_TILE_FRACTION // (columns * bytes_per_logit)
-        return min(max(rows // 128 * 128, 256), 4096)
-    return max(_CPU_STRIP_ELEMENTS // columns, min(_CPU_TILE_ELEMENTS // columns, _CPU_GEMM_ROWS), 16)
+        return ChunkRows(logits=asked, gradients=asked)
+    columns = max(weight.shape[0], 1)
+    if weight.device.type != "cuda":
+        size = cpu_chunk_size(columns)
+        return ChunkRows(logits=size, gradients=size)
+    device = torch.cuda.get_device_properties(weight.device)
+    beside = gradient and weight.dtype != logits_dtype
+    return gpu_chunk_rows(
+        bytes_per_row=(columns * logits_dtype.itemsize, columns * weight.dtype.itemsize if beside else 0),
+        hidden_size=weight.shape[1],
+        budget=device.total_memory // _GPU_STEP * _GPU_STEP // _GPU_TILE_FRACTION,
+        num_multiprocessors=device.multi_processor_count,
+        strips=strips and beside,
+    )
+
+
+def cpu_chunk_size(num_columns: int) -> int:
+    return max(_CPU_STRIP_ELEMENTS // num_columns, min(_CPU_TILE_ELEMENTS // num_columns, _CPU_GEMM_ROWS), 16)
+
+
+def gpu_chunk_rows(
+    *, bytes_per_row: tuple[int, int], hidden_size: int, budget: int, num_multiprocessors: int, strips: bool
+) -> ChunkRows:
+    """The cheapest chunk of at most 4096 rows within the budget; at least 256 rows whatever it is.
+
+    Counted a row, in units of one of the three GEMMs at its best (docs/kernels.md derives the numbers):
+    - dHidden has C / 128 x H / 256 tiles of output, and a last wave that fills few multiprocessors idles the others;
+    - dWeight is read and written in float32 once a chunk: as long as the products of 650 rows, where nothing overlaps;
+    - the weight is read once a strip: as long as those of 160 rows, half of it hidden behind them.
+
+    bytes_per_row: of the tile of logits, and of dlogits beside it.
+    """
+    best, least = ChunkRows(logits=256, gradients=256), math.inf
+    for rows in range(256, 4097, 128):
+        for parts in range(1, 17 if strips else 2):
+            strip = rows // parts
+            if strip < 256 or rows % (128 * parts) or strip * bytes_per_row[0] + rows * bytes_per_row[1] > budget:
+                continue
+            waves = rows // 128 * -(-hidden_size // 256) / num_multiprocessors
+            cost = math.ceil(waves) / waves + 650 / rows + 80 / strip
+            if cost < least:
+                best, least = ChunkRows(logits=strip, gradients=rows), cost
+    return best
 
 
 def plan_units(num_tokens: int, chunk_size: int, bounds: Sequence[int] | None = None) -> list[list[Span]]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels import reference
-from fastgrpo.kernels.backend import use_triton
+from fastgrpo.kernels.backend import on_device, use_triton
 from fastgrpo.kernels.launch import unspecialized
 from fastgrpo.kernels.row_math import larger
 
@@ -107,18 +107,19 @@ def group_advantages(
         )
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     if rewards.shape[0]:
-        _group_kernel[(rewards.shape[0],)](
-            rewards.contiguous(),
-            group_ids.contiguous(),
-            advantages,
-            rewards.shape[0],
-            std_ddof,
-            float(min_std),
-            NORMALIZE_STD=normalize == "std",
-            LEAVE_ONE_OUT=leave_one_out,
-            BLOCK=1024,
-            num_warps=4,
-        )
+        with on_device(rewards):
+            _group_kernel[(rewards.shape[0],)](
+                rewards.contiguous(),
+                group_ids.contiguous(),
+                advantages,
+                rewards.shape[0],
+                std_ddof,
+                float(min_std),
+                NORMALIZE_STD=normalize == "std",
+                LEAVE_ONE_OUT=leave_one_out,
+                BLOCK=1024,
+                num_warps=4,
+            )
     return advantages
 
 

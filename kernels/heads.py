@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo.kernels import chunks
-from fastgrpo.kernels.chunks import Span
+from fastgrpo.kernels.chunks import ChunkRows, Span
 from fastgrpo.kernels.vocab_parallel import VocabShard
 
 
@@ -74,24 +74,29 @@ class LinearHead(Head):
         shard: VocabShard,
         *,
         triton: bool,
-        chunk_size: int,
+        rows: ChunkRows,
         tile_dtype: torch.dtype,
         temperature: float,
     ) -> None:
         super().__init__(scored, triton=triton)
-        self.hidden, self.shard, self.temperature, self.chunk_size = hidden, shard, temperature, chunk_size
+        self.hidden, self.shard, self.temperature, self.rows = hidden, shard, temperature, rows
+        self.chunk_size = rows.logits
         # Triton: the whole shard, whose padding the kernels mask, so that the GEMM's shape stays aligned.
         self.weight = weight if triton else weight[: shard.num_valid]
         self.full_shape = weight.shape
         num_columns = self.weight.shape[0]
-        stride = -(-max(num_columns, 1) // 8) * 8  # rows start at 16-byte boundaries, or vector loads are lost
-        self.tile = hidden.new_empty(min(chunk_size, self.num_rows), stride, dtype=tile_dtype)[:, :num_columns]
-        self._narrow = (
-            None if tile_dtype == hidden.dtype or not triton else torch.empty_like(self.tile, dtype=hidden.dtype)
-        )
+        self.tile = self._tile(rows.logits, num_columns, tile_dtype)
+        self._narrow: Tensor | None = None
+        self._due: Span | None = None
+        """The rows whose dlogits wait in _narrow for their GEMMs."""
         self.grad_hidden: Tensor | None = None
         self.grad_weight: Tensor | None = None
         self._pending: list[dist.Work] = []
+
+    def _tile(self, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
+        # Triton knows a stride for aligned, and loads vectors, where 16 divides it
+        stride = -(-max(num_columns, 1) // 16) * 16
+        return self.hidden.new_empty(min(num_rows, self.num_rows), stride, dtype=dtype)[:, :num_columns]
 
     def want_gradients(
         self,
@@ -110,6 +115,8 @@ class LinearHead(Head):
             wide = torch.promote_types(self.hidden.dtype, torch.float32)
             self.grad_weight = self.hidden.new_empty(self.full_shape, dtype=wide) if buffer is None else buffer
         self._fresh = buffer is None
+        if self.triton and self.tile.dtype != self.hidden.dtype and (hidden or weight):
+            self._narrow = self._tile(self.rows.gradients, self.weight.shape[0], self.hidden.dtype)
 
     def logits(self, span: Span) -> Tensor:
         tile, x = self.tile[: span[1] - span[0]], self._chunk(span)
@@ -118,10 +125,26 @@ class LinearHead(Head):
         return chunks.logits(tile, x, self.weight)
 
     def gradient_tile(self, tile: Tensor, span: Span) -> Tensor:
-        """The GEMMs of the backward pass want dlogits in hidden's dtype."""
-        return tile if self._narrow is None else self._narrow[: tile.shape[0]]
+        """The GEMMs of the backward pass want dlogits in hidden's dtype, and those of many tiles at once."""
+        if self._narrow is None:
+            return tile
+        if self._due is not None and span[1] - self._due[0] > self._narrow.shape[0]:
+            self._multiply_due()
+        first = span[0] if self._due is None else self._due[0]
+        self._due = (first, span[1])
+        return self._narrow[span[0] - first : span[1] - first]
 
     def accumulate(self, dlogits: Tensor, span: Span) -> None:
+        if self._narrow is None:
+            self._multiply(dlogits, span)
+
+    def _multiply_due(self) -> None:
+        if self._narrow is not None and self._due is not None:
+            self._multiply(self._narrow[: self._due[1] - self._due[0]], self._due)
+            self._due = None
+
+    def _multiply(self, dlogits: Tensor, span: Span) -> None:
+        """The two GEMMs behind a chunk's dlogits."""
         if self.grad_hidden is not None:
             out = self.grad_hidden[slice(*span)]
             chunks.hidden_gradient_into(out, dlogits, self.weight)
@@ -134,6 +157,7 @@ class LinearHead(Head):
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """(dHidden (T, H), dWeight (V, H) in the accumulator's dtype, or None where it went to the buffer)."""
+        self._multiply_due()
         for work in self._pending:
             work.wait()
         grad_hidden = None if self.grad_hidden is None else self.spread(self.grad_hidden)
@@ -157,7 +181,7 @@ class GivenLogits(Head):
         self.source, self.temperature = logits, temperature
         dtype = chunks.tile_dtype(None, logits.dtype, triton=False)
         num_columns = logits.shape[1]
-        size = chunks.chunk_size(None, num_columns, logits.dtype, dtype, logits.device)
+        size = chunks.cpu_chunk_size(max(num_columns, 1))
         self.tile = logits.new_empty(min(size, self.num_rows), num_columns, dtype=dtype)
         self.chunk_size = size
         self.grad_logits: Tensor | None = None

@@ -12,14 +12,15 @@ import torch
 
 _VECTOR_BYTES = 16
 _WARP = 32
-_MAX_WARPS = 8
+MAX_WARPS = 8
+"""More put fewer rows in flight, so that more of a row's second read hits the L2 cache, and more registers at stake."""
 
 
 def row_shape(num_columns: int, dtype: torch.dtype) -> dict[str, Any]:
     """BLOCK and num_warps for rows of that many columns, read in that dtype. It depends on V and dtype alone."""
     per_warp = _WARP * _VECTOR_BYTES // dtype.itemsize
     warps = 1
-    while warps < _MAX_WARPS and 4 * per_warp * warps * 2 <= num_columns:
+    while warps < MAX_WARPS and 4 * per_warp * warps * 2 <= num_columns:
         warps *= 2
     return {"BLOCK": per_warp * warps, "num_warps": warps}
 

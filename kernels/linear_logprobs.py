@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.kernels import chunks
-from fastgrpo.kernels.backend import refuse_second_derivative, use_triton
+from fastgrpo.kernels.backend import on_device, refuse_second_derivative, use_triton
 from fastgrpo.kernels.heads import LinearHead
 from fastgrpo.kernels.logprobs import LogprobRows, TorchLogprobRows, TritonLogprobRows, check_row_targets
 from fastgrpo.kernels.reference import IGNORE_INDEX
@@ -33,11 +33,11 @@ class _Call:
     entropy: bool
     shard: VocabShard
     triton: bool
-    chunk_size: int
+    chunk_size: int | None
     tile_dtype: torch.dtype
     reduce_grad_hidden: bool
 
-    def head(self, hidden: Tensor, weight: Tensor) -> tuple[LinearHead, LogprobRows]:
+    def head(self, hidden: Tensor, weight: Tensor, *, gradient: bool) -> tuple[LinearHead, LogprobRows]:
         """The chunked head on the scored rows, and the row operations on its tile."""
         head = LinearHead(
             hidden,
@@ -45,14 +45,16 @@ class _Call:
             self.targets != IGNORE_INDEX,
             self.shard,
             triton=self.triton,
-            chunk_size=self.chunk_size,
+            rows=chunks.chunk_rows(self.chunk_size, weight, self.tile_dtype, gradient=gradient),
             tile_dtype=self.tile_dtype,
             temperature=self.temperature,
         )
         targets = head.keep(self.targets).contiguous()
         rows: LogprobRows
         if self.triton:
-            rows = TritonLogprobRows(targets, self.shard, head.gradient_tile, temperature=self.temperature)
+            rows = TritonLogprobRows(
+                targets, self.shard, head.gradient_tile, temperature=self.temperature, entropy=self.entropy
+            )
         else:
             rows = TorchLogprobRows(
                 targets, self.shard, head.tile, temperature=self.temperature, entropy=self.entropy, finite=True
@@ -63,7 +65,7 @@ class _Call:
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-        head, rows = call.head(hidden, weight)
+        head, rows = call.head(hidden, weight, gradient=False)
         parts = [rows.statistics(head.logits(span), span) for span in head.spans()]
         stats = torch.cat(parts) if parts else head.tile.new_empty(0, 4)
         log_p, entropy = rows.finish(call.shard.gather(stats))
@@ -81,7 +83,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None
         call: _Call = ctx.call
-        head, rows = call.head(hidden, weight)
+        head, rows = call.head(hidden, weight, gradient=True)
         head.want_gradients(
             hidden=ctx.needs_input_grad[0],
             weight=ctx.needs_input_grad[1],
@@ -135,9 +137,10 @@ def linear_logprobs(
         entropy=entropy,
         shard=shard,
         triton=triton,
-        chunk_size=chunks.chunk_size(chunk_size, weight.shape[0], weight.dtype, tile_dtype, weight.device),
+        chunk_size=chunk_size,
         tile_dtype=tile_dtype,
         reduce_grad_hidden=reduce_grad_hidden,
     )
-    log_p, row_entropy = _LinearLogprobs.apply(hidden, weight, call)
+    with on_device(hidden):
+        log_p, row_entropy = _LinearLogprobs.apply(hidden, weight, call)
     return (log_p, row_entropy) if entropy else log_p

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from fastgrpo.kernels import chunks
-from fastgrpo.kernels.backend import refuse_second_derivative, scale_in_place, take_once, use_triton
+from fastgrpo.kernels.backend import on_device, refuse_second_derivative, take_once, use_triton
+from fastgrpo.kernels.chunks import ChunkRows
 from fastgrpo.kernels.heads import LinearHead
 from fastgrpo.kernels.objective import LossInputs, LossOutput, Objective
 from fastgrpo.kernels.policy_rows import walk
 from fastgrpo.kernels.reference import check_targets
+from fastgrpo.kernels.scale_gradient import scale_in_place, scaled_as
 from fastgrpo.kernels.token_terms import metrics_from
 from fastgrpo.kernels.vocab_parallel import VocabShard, check_hidden_and_weight
 
@@ -38,7 +40,7 @@ class _Call:
     objective: Objective
     shard: VocabShard
     triton: bool
-    chunk_size: int
+    rows: ChunkRows
     tile_dtype: torch.dtype
     entropy: bool
     grad_weight_buffer: Tensor | None
@@ -57,7 +59,7 @@ def _run(
         batch.token_weights != 0,
         shard,
         triton=call.triton,
-        chunk_size=call.chunk_size,
+        rows=call.rows,
         tile_dtype=call.tile_dtype,
         temperature=objective.temperature,
     )
@@ -73,7 +75,7 @@ def _run(
         batch,
         objective,
         shard,
-        chunk_size=call.chunk_size,
+        chunk_size=call.rows.logits,
         entropy=call.entropy,
         finite=True,
         gradient=need_hidden or need_weight,
@@ -104,9 +106,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if ctx.call.grad_weight_buffer is not None:
             scale = torch.where(scale == ctx.call.grad_scale, scale, torch.nan)
         grad_hidden = scale_in_place(grad_hidden, scale)
-        grad_weight = scale_in_place(grad_weight, scale)
         if grad_weight is not None:
-            grad_weight = grad_weight.to(ctx.weight.dtype)
+            grad_weight = scaled_as(grad_weight, scale, ctx.weight.dtype)
         elif ctx.call.grad_weight_buffer is not None:
             grad_weight = _announce_buffer(ctx.weight)
         return grad_hidden, grad_weight, None, None, None
@@ -164,22 +165,24 @@ def linear_policy_loss(
     if grad_weight_buffer is not None:
         _check_buffer(grad_weight_buffer, weight)
     with_entropy = entropy or objective.entropy_coef != 0
+    recording = torch.is_grad_enabled()
+    need_hidden, need_weight = recording and hidden.requires_grad, recording and weight.requires_grad
+    whole = objective.ratio_level == "sequence"
+    rows = chunks.chunk_rows(chunk_size, weight, tile_dtype, gradient=need_hidden or need_weight, strips=not whole)
     call = _Call(
         batch=batch,
         objective=objective,
         shard=shard,
         triton=triton,
-        chunk_size=chunks.chunk_size(chunk_size, weight.shape[0], weight.dtype, tile_dtype, weight.device),
+        rows=rows,
         tile_dtype=tile_dtype,
         entropy=with_entropy,
         grad_weight_buffer=grad_weight_buffer,
         grad_scale=grad_scale if grad_weight_buffer is not None else 1.0,
         reduce_grad_hidden=reduce_grad_hidden,
     )
-    recording = torch.is_grad_enabled()
-    loss, sums, logprobs, row_entropy = _LinearPolicyLoss.apply(
-        hidden, weight, call, recording and hidden.requires_grad, recording and weight.requires_grad
-    )
+    with on_device(hidden):
+        loss, sums, logprobs, row_entropy = _LinearPolicyLoss.apply(hidden, weight, call, need_hidden, need_weight)
     return LossOutput(
         loss=loss,
         logprobs=logprobs,

@@ -30,10 +30,12 @@ def statistics_kernel(
     first_column,
     num_valid,
     inverse_temperature,
+    HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row: (m, l, s, y) into STATS (n, 4), and without other shards its logprob and entropy.
 
+    s is 0 without HAS_ENTROPY, and the entropy then meaningless.
     A row is skipped where its weight is 0, or without WEIGHTS where its target is -100.
     """
     row_index = tl.program_id(0).to(tl.int64)
@@ -51,7 +53,7 @@ def statistics_kernel(
         column = target - first_column
         owned = (column >= 0) & (column < num_valid)
         target_logit = tl.load(row + column, mask=owned, other=float("-inf")).to(tl.float32)
-        row_max, total, moment = row_statistics(row, num_valid, inverse_temperature * LOG2E, BLOCK)
+        row_max, total, moment = row_statistics(row, num_valid, inverse_temperature * LOG2E, HAS_ENTROPY, BLOCK)
     out = STATS + row_index * 4
     tl.store(out, row_max)
     tl.store(out + 1, total)
@@ -127,7 +129,14 @@ def gradient_kernel(
 
 
 def launch_statistics(
-    tile: Tensor, span: Span, targets: Tensor, weights: Tensor | None, shard: VocabShard, inverse_temperature: float
+    tile: Tensor,
+    span: Span,
+    targets: Tensor,
+    weights: Tensor | None,
+    shard: VocabShard,
+    inverse_temperature: float,
+    *,
+    entropy: bool,
 ) -> Tensor:
     """(n, 4) float32 statistics of a tile (n, V) of undivided logits whose rows are the tokens of span."""
     stats = torch.empty(tile.shape[0], 4, dtype=torch.float32, device=tile.device)
@@ -143,6 +152,7 @@ def launch_statistics(
         shard.first_column,
         shard.num_valid,
         inverse_temperature,
+        HAS_ENTROPY=entropy,
         **row_shape(tile.shape[1], tile.dtype),
     )
     return stats

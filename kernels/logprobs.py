@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.kernels import torch_rows
-from fastgrpo.kernels.backend import refuse_second_derivative, use_triton
+from fastgrpo.kernels.backend import on_device, refuse_second_derivative, use_triton
 from fastgrpo.kernels.chunks import Span
 from fastgrpo.kernels.heads import GivenLogits
 from fastgrpo.kernels.launch import row_shape
@@ -26,9 +26,9 @@ from fastgrpo.kernels.vocab_parallel import VocabShard
 
 class _LogprobsTriton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
         num_tokens = logits.shape[0]
-        stats, (log_p, entropy) = (
+        stats, (log_p, row_entropy) = (
             torch.empty(1, num_tokens, 4, dtype=torch.float32, device=logits.device),
             torch.empty(2, num_tokens, dtype=torch.float32, device=logits.device),
         )
@@ -39,31 +39,33 @@ class _LogprobsTriton(torch.autograd.Function):
             None,
             stats,
             log_p,
-            entropy,
+            row_entropy,
             0,
             0,
             logits.shape[1],
             1.0 / temperature,
+            HAS_ENTROPY=entropy,
             **row_shape(logits.shape[1], logits.dtype),
         )
         ctx.save_for_backward(logits, targets, stats)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return log_p, entropy
+        return log_p, row_entropy
 
     @staticmethod
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None]:
         refuse_second_derivative("fastgrpo.kernels.logprobs")
         logits, targets, stats = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None
+            return None, None, None, None
         upstream = contiguous_upstream(grad_logprobs, grad_entropy)
         shard = VocabShard.of(logits.shape[1], None, None)
         span = (0, logits.shape[0])
         out = torch.empty_like(logits)
-        return launch_gradient(logits, out, span, stats, targets, upstream, shard, 1.0 / ctx.temperature), None, None
+        launch_gradient(logits, out, span, stats, targets, upstream, shard, 1.0 / ctx.temperature)
+        return out, None, None, None
 
 
 def contiguous_upstream(grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -139,12 +141,15 @@ class TritonLogprobRows:
         gradient_tile: Callable[[Tensor, Span], Tensor],
         *,
         temperature: float,
+        entropy: bool,
     ) -> None:
-        self.targets, self.shard, self.gradient_tile = targets, shard, gradient_tile
+        self.targets, self.shard, self.gradient_tile, self.entropy = targets, shard, gradient_tile, entropy
         self.inverse_temperature = 1.0 / temperature
 
     def statistics(self, tile: Tensor, span: Span) -> Tensor:
-        return launch_statistics(tile, span, self.targets, None, self.shard, self.inverse_temperature)
+        return launch_statistics(
+            tile, span, self.targets, None, self.shard, self.inverse_temperature, entropy=self.entropy
+        )
 
     def finish(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
         self._gathered = gathered
@@ -243,7 +248,8 @@ def logprobs(
     check_row_targets(targets, logits.shape[1], temperature, triton=triton)
     if triton:
         rows_contiguous = logits if logits.stride(1) == 1 else logits.contiguous()
-        log_p, row_entropy = _LogprobsTriton.apply(rows_contiguous, targets.contiguous(), temperature)
+        with on_device(logits):
+            log_p, row_entropy = _LogprobsTriton.apply(rows_contiguous, targets.contiguous(), temperature, entropy)
     else:
         log_p, row_entropy = _Logprobs.apply(logits, targets, temperature, entropy)
     return (log_p, row_entropy) if entropy else log_p

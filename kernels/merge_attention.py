@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgrpo.kernels.backend import use_triton
+from fastgrpo.kernels.backend import on_device, use_triton
 from fastgrpo.kernels.dense_attention import merge
 from fastgrpo.kernels.launch import unspecialized
 
@@ -71,17 +71,18 @@ def merge_in_place(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, *, 
         return
     columns = triton.next_power_of_2(size)
     rows = max(1, _ELEMENTS // columns)
-    merge_kernel[(triton.cdiv(num_queries * num_heads, rows),)](
-        out,
-        lse,
-        part,
-        part_lse,
-        num_queries,
-        num_heads,
-        *out.stride()[:2],
-        *part.stride()[:2],
-        HEAD_SIZE=size,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=4,
-    )
+    with on_device(out):
+        merge_kernel[(triton.cdiv(num_queries * num_heads, rows),)](
+            out,
+            lse,
+            part,
+            part_lse,
+            num_queries,
+            num_heads,
+            *out.stride()[:2],
+            *part.stride()[:2],
+            HEAD_SIZE=size,
+            ROWS=rows,
+            COLUMNS=columns,
+            num_warps=4,
+        )

@@ -86,7 +86,7 @@ def policy_kernel(
         if STATS is None or GRAD is not None:
             own_logit = tl.load(row + column, mask=column >= 0, other=float("-inf")).to(tl.float32)
         if STATS is None:
-            row_max, total, moment = row_statistics(row, num_valid, scale, BLOCK)
+            row_max, total, moment = row_statistics(row, num_valid, scale, True, BLOCK)
             log_sum = tl.log(total)
             mean_shift = moment / total
             target_logit = own_logit

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.kernels.backend import refuse_second_derivative, scale_in_place, take_once, use_triton
+from fastgrpo.kernels.backend import on_device, refuse_second_derivative, take_once, use_triton
 from fastgrpo.kernels.heads import GivenLogits, LogitsInPlace
 from fastgrpo.kernels.objective import LossInputs, LossOutput, Objective
 from fastgrpo.kernels.policy_rows import walk
 from fastgrpo.kernels.reference import check_targets
+from fastgrpo.kernels.scale_gradient import scale_in_place
 from fastgrpo.kernels.token_terms import metrics_from
 from fastgrpo.kernels.vocab_parallel import VocabShard
 
@@ -102,9 +103,10 @@ def policy_loss(
         check_targets(batch.targets, batch.token_weights != 0, logits.shape[1])
     gradient = torch.is_grad_enabled() and logits.requires_grad
     with_entropy = entropy or objective.entropy_coef != 0
-    loss, sums, logprobs, row_entropy = _PolicyLoss.apply(
-        logits, batch, objective, with_entropy, in_place, gradient, triton
-    )
+    with on_device(logits):
+        loss, sums, logprobs, row_entropy = _PolicyLoss.apply(
+            logits, batch, objective, with_entropy, in_place, gradient, triton
+        )
     return LossOutput(
         loss=loss,
         logprobs=logprobs,

@@ -66,7 +66,10 @@ class TritonPolicyRows:
     def statistics(self, tile: Tensor, span: Span) -> Tensor:
         targets, weights = self.per_token["TARGETS"], self.per_token["WEIGHTS"]
         assert targets is not None
-        return launch_statistics(tile, span, targets, weights, self.shard, 1.0 / self.objective.temperature)
+        # the entropy too: policy_kernel records it whether or not it is asked for
+        return launch_statistics(
+            tile, span, targets, weights, self.shard, 1.0 / self.objective.temperature, entropy=True
+        )
 
     def combine(self, gathered: Tensor, span: Span) -> None:
         self._gathered, self._unit = gathered, span

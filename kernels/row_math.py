@@ -40,24 +40,30 @@ def larger(a, b):
 
 
 @triton.jit
-def _rescale(lane_max, total, moment, new_max, scale):
+def _rescale(lane_max, total, moment, new_max, scale, MOMENT: tl.constexpr):
     """Sums relative to a new maximum."""
     drop = shifted(lane_max, new_max, scale)
     factor = tl.exp2(drop)
-    return total * factor, factor * (moment + drop * total)
+    if MOMENT:
+        moment = factor * (moment + drop * total)
+    return total * factor, moment
 
 
 @triton.jit
-def _take(total, moment, x, new_max, scale):
+def _take(total, moment, x, new_max, scale, MOMENT: tl.constexpr):
     """Sums with one more column per lane."""
-    d = shifted(x, new_max, scale)
-    e = tl.exp2(d)
-    return total + e, moment + d * e
+    if MOMENT:
+        d = shifted(x, new_max, scale)
+        e = tl.exp2(d)
+        moment += d * e
+    else:
+        e = tl.exp2((x - new_max) * scale)  # of -inf it is 0 without the clamp
+    return total + e, moment
 
 
 @triton.jit
-def row_statistics(row, num_columns, scale, BLOCK: tl.constexpr):
-    """(m, l, s) of one row; scale = log2(e) / temperature. m is of z itself, s in natural units."""
+def row_statistics(row, num_columns, scale, MOMENT: tl.constexpr, BLOCK: tl.constexpr):
+    """(m, l, s) of one row; scale = log2(e) / temperature. m is of z itself, s in natural units, 0 without MOMENT."""
     columns = tl.arange(0, BLOCK)
     lane_max = tl.full((BLOCK,), EMPTY_MAX, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -69,22 +75,22 @@ def row_statistics(row, num_columns, scale, BLOCK: tl.constexpr):
         x2 = load_columns(row + start + 2 * BLOCK, columns)
         x3 = load_columns(row + start + 3 * BLOCK, columns)
         new_max = larger(larger(larger(x0, x1), larger(x2, x3)), lane_max)
-        total, moment = _rescale(lane_max, total, moment, new_max, scale)
-        total, moment = _take(total, moment, x0, new_max, scale)
-        total, moment = _take(total, moment, x1, new_max, scale)
-        total, moment = _take(total, moment, x2, new_max, scale)
-        total, moment = _take(total, moment, x3, new_max, scale)
+        total, moment = _rescale(lane_max, total, moment, new_max, scale, MOMENT)
+        total, moment = _take(total, moment, x0, new_max, scale, MOMENT)
+        total, moment = _take(total, moment, x1, new_max, scale, MOMENT)
+        total, moment = _take(total, moment, x2, new_max, scale, MOMENT)
+        total, moment = _take(total, moment, x3, new_max, scale, MOMENT)
         lane_max = new_max
     for start in range(whole, num_columns, BLOCK):
         inside = start + columns < num_columns
         x = tl.load(row + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         new_max = larger(x, lane_max)
-        total, moment = _rescale(lane_max, total, moment, new_max, scale)
-        total, moment = _take(total, moment, x, new_max, scale)
+        total, moment = _rescale(lane_max, total, moment, new_max, scale, MOMENT)
+        total, moment = _take(total, moment, x, new_max, scale, MOMENT)
         lane_max = new_max
     # NaN in a lane's maximum must survive the reduction, which keeps the larger number.
     row_max = tl.where(tl.sum((lane_max != lane_max).to(tl.int32), 0) > 0, float("nan"), tl.max(lane_max, 0))
-    total, moment = _rescale(lane_max, total, moment, row_max, scale)
+    total, moment = _rescale(lane_max, total, moment, row_max, scale, MOMENT)
     return row_max, tl.sum(total, 0), tl.sum(moment, 0) * LN2
 
 

@@ -26,7 +26,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastgrpo.kernels import backend, group_advantages, logprob_kernels, logprobs, merge_attention, policy_kernels
+from fastgrpo.kernels import (
+    backend,
+    group_advantages,
+    logprob_kernels,
+    logprobs,
+    merge_attention,
+    policy_kernels,
+    scale_gradient,
+)
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import LossInputs, Objective
@@ -42,6 +50,7 @@ KERNELS = {
     "sequence": policy_kernels.sequence_kernel,
     "group": group_advantages._group_kernel,
     "merge": merge_attention.merge_kernel,
+    "scale": scale_gradient.scale_kernel,
 }
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -97,10 +106,11 @@ def from_hidden(objective: Objective) -> None:
     linear_policy_loss(hidden, weight, batch_of(2, cu_seqlens=cu), objective, backend="triton", entropy=True)
 
 
-def logprobs_of(dtype: torch.dtype) -> None:
-    logits = torch.zeros(2, VOCAB_SIZE, dtype=dtype, requires_grad=True)
-    pair = logprobs.logprobs(logits, torch.zeros(2, dtype=torch.int64), entropy=True, backend="triton")
-    sum(x.sum() for x in pair).backward()
+def logprobs_of(dtype: torch.dtype, entropy: bool = True) -> None:
+    logits = torch.zeros(2, VOCAB_SIZE, dtype=dtype, requires_grad=entropy)
+    pair = logprobs.logprobs(logits, torch.zeros(2, dtype=torch.int64), entropy=entropy, backend="triton")
+    if entropy:
+        sum(x.sum() for x in pair).backward()
 
 
 def merge_of(head_size: int) -> None:
@@ -120,6 +130,10 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "linear_policy_loss bf16, GSPO": lambda: from_hidden(Objective(ratio_level="sequence", **RICH)),
     "logprobs bf16 with entropy": lambda: logprobs_of(torch.bfloat16),
     "logprobs fp32 with entropy": lambda: logprobs_of(torch.float32),
+    "logprobs bf16 alone": lambda: logprobs_of(torch.bfloat16, entropy=False),
+    "scale bf16": lambda: scale_gradient.scale_in_place(
+        torch.zeros(2, VOCAB_SIZE, dtype=torch.bfloat16), torch.ones(()), backend="triton"
+    ),
     "group_advantages": lambda: group_advantages.group_advantages(
         torch.zeros(4), torch.zeros(4, dtype=torch.int64), backend="triton"
     ),
@@ -207,6 +221,7 @@ def variants_by_call(capability: int = 90) -> list[int]:
         group_advantages.group_advantages(batch.advantages, batch.targets // (step + 1), min_std=step, backend="triton")
         out, lse = torch.zeros(num_tokens, 4, 64, dtype=torch.bfloat16), torch.zeros(4, num_tokens)
         merge_attention.merge_in_place(out, lse, out, lse, backend="triton")
+        scale_gradient.scale_in_place(logits.detach(), lse.sum(), backend="triton")
         counts.append(len(compiled(capability)))
     return counts
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from fastgrpo import verify
-from fastgrpo.kernels import reference
-from fastgrpo.kernels.chunks import chunk_size, plan_units
+from fastgrpo.kernels import chunks, reference
+from fastgrpo.kernels.chunks import ChunkRows, cpu_chunk_size, gpu_chunk_rows, plan_units
+from fastgrpo.kernels.heads import LinearHead
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.scale_gradient import scale_in_place
+from fastgrpo.kernels.vocab_parallel import VocabShard
 
 BACKENDS = ("torch", "triton")
 
@@ -44,6 +47,71 @@ def test_dtypes_in_chunks(name, backend, dtype):
     case = case_for(objective, dtype)
     errors = verify.check_linear_policy_loss(case, objective, backend=backend, chunk_size=5)
     assert_within(case, objective, errors)
+
+
+@pytest.mark.parametrize("name", ["clip higher", "clip, sequence (GSPO)"])
+def test_strips_of_logits_share_their_gemms(name, monkeypatch):
+    """Logits of 3 rows at a time, the GEMMs behind them for up to 7 rows, as on a GPU that is given no chunk size."""
+    monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: ChunkRows(logits=3, gradients=7))
+    widths = []
+    multiply = chunks.hidden_gradient_into
+    monkeypatch.setattr(
+        chunks, "hidden_gradient_into", lambda out, *rest: (widths.append(len(out)), multiply(out, *rest))
+    )
+    objective = verify.OBJECTIVES[name]
+    case = case_for(objective, torch.bfloat16, mask="none")
+    assert_within(case, objective, verify.check_linear_policy_loss(case, objective, backend="triton"))
+    assert sum(widths) == 16
+    assert max(widths) > 3
+    assert len(widths) <= 4
+    assert_within(case, objective, verify.check_logprobs(case, 0.9, linear=True, backend="triton"))
+
+
+def test_rows_of_a_chunk_on_a_gpu():
+    """An H200's: Qwen's vocabulary at H = 4096 and 2048, a sequence's chunk, a tile in place, a budget for nothing."""
+    budget, bf16 = 136 * 2**30 // 124, (151936 * 4, 151936 * 2)
+
+    def rows(bytes_per_row, hidden_size, budget=budget, strips=True):
+        return gpu_chunk_rows(
+            bytes_per_row=bytes_per_row,
+            hidden_size=hidden_size,
+            budget=budget,
+            num_multiprocessors=132,
+            strips=strips,
+        )
+
+    assert rows(bf16, 4096) == ChunkRows(logits=384, gradients=3072)
+    assert rows(bf16, 2048) == ChunkRows(logits=512, gradients=2048)
+    assert rows(bf16, 4096, strips=False) == ChunkRows(logits=1024, gradients=1024)
+    assert rows((151936 * 2, 0), 4096, strips=False) == ChunkRows(logits=3072, gradients=3072)
+    assert rows(bf16, 4096, budget=0) == ChunkRows(logits=256, gradients=256)
+
+
+def test_rows_of_a_tile_start_where_triton_loads_vectors():
+    hidden, weight = torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(50257, 4, dtype=torch.bfloat16)
+    head = LinearHead(
+        hidden,
+        weight,
+        torch.ones(2, dtype=torch.bool),
+        VocabShard.of(50257, None, None),
+        triton=True,
+        rows=ChunkRows(logits=2, gradients=2),
+        tile_dtype=torch.float32,
+        temperature=1.0,
+    )
+    head.want_gradients(hidden=True, weight=True)
+    assert head.tile.stride(0) % 16 == head.gradient_tile(head.tile, (0, 2)).stride(0) % 16 == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, float("nan")])
+def test_upstream_gradient_scales_in_place(scale):
+    """Also rows that lie apart, and more rows than programs; the memory between them is left alone."""
+    whole = torch.randn(2100, 9)
+    grad, between = whole[:, :7], whole[:, 7:].clone()
+    want = grad * scale
+    assert scale_in_place(grad, torch.tensor(scale), backend="triton") is grad
+    torch.testing.assert_close(grad, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(whole[:, 7:], between)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -146,7 +214,7 @@ def test_plan_units():
 
 def test_chunk_size_never_holds_more_than_its_share():
     for columns in (1, 512, 32768, 151936):
-        rows = chunk_size(None, columns, torch.float32, torch.float32, torch.device("cpu"))
+        rows = cpu_chunk_size(columns)
         assert rows * columns <= max(2**24, 16 * columns, 2**20)
 
 

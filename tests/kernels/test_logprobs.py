@@ -59,6 +59,20 @@ def test_only_one_output_used(backend):
     assert torch.autograd.grad(log_p.sum(), logits)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logprobs_are_the_same_with_and_without_entropy(backend):
+    """Without, the kernel leaves out what the entropy needs; a row of -inf, one with a +inf and one with a NaN too."""
+    logits = 5.0 * torch.randn(6, 700, generator=torch.Generator().manual_seed(0))
+    logits[1, 3:] = logits[2] = -torch.inf
+    logits[3, 5], logits[4, 6] = torch.inf, torch.nan
+    alone = logprobs(logits, torch.arange(6), backend=backend)
+    together, _ = logprobs(logits, torch.arange(6), entropy=True, backend=backend)
+    assert torch.equal(alone.nan_to_num(7.0), together.nan_to_num(7.0))
+    hidden, weight = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    linear = (linear_logprobs(hidden, weight, torch.arange(6), entropy=e, backend=backend) for e in (False, True))
+    assert torch.equal(next(linear), next(linear)[0])
+
+
 def test_refusals():
     logits = torch.zeros(2, 4, requires_grad=True)
     targets = torch.tensor([0, 4])
