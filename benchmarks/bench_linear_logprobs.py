@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from harness import Table, Variant, compare
-from peers import cce_logprobs, has, problem, trl_logprobs
+from peers import cce_logprobs, has, problem, trl_chunked, trl_logprobs
 
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 
@@ -34,6 +34,7 @@ def bench(table: Table, *, smoke: bool = False) -> None:
                 runs["cut-cross-entropy"] = lambda x=hidden, w=weight, b=batch: cce_logprobs(x, w, b)
             if has("trl"):
                 runs["trl logprob"] = lambda x=hidden, w=weight, b=batch: trl_logprobs(x @ w.T, b.targets)
+                runs["trl chunked"] = lambda x=hidden, w=weight, b=batch: trl_chunked(x, w, b)
         x, rounds = f"N={n},H={h},V={v}", 3 if smoke else 5
 
         def without_gradient(run):

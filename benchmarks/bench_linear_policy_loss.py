@@ -30,9 +30,12 @@ def bench(table: Table, *, smoke: bool = False) -> None:
         runs = {"fastgrpo": ours}
         if not smoke:
             runs["fastgrpo bf16 tile"] = lambda ours=ours: ours(torch.bfloat16)
-        runs |= from_hidden(p)
-        variants = {name: (lambda run=run, leaves=(hidden, weight): Variant(run, leaves)) for name, run in runs.items()}
+        leaves = (hidden, weight)
+        variants = {name: (lambda run=run, leaves=leaves: Variant(run, leaves)) for name, run in runs.items()}
         variants["three GEMMs"] = lambda hidden=hidden, weight=weight: Variant(gemms(hidden.detach(), weight.detach()))
+        variants |= {
+            name: (lambda run=run, leaves=leaves: Variant(run, leaves)) for name, run in from_hidden(p).items()
+        }
         x = f"N={n},H={h},V={v}"
         medians = compare(table, KERNEL, x, variants, rounds=3 if smoke else 5, flops=6.0 * n * h * v)
         if "fastgrpo" in medians and "three GEMMs" in medians:

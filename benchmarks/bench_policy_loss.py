@@ -10,11 +10,15 @@ import torch
 from harness import Table, Variant, compare
 from peers import from_logits, problem
 
+from fastgrpo.kernels import launch
 from fastgrpo.kernels.policy_loss import policy_loss
 
 KERNEL = "policy_loss"
 SHAPES = ((16384, 151936), (4096, 128256), (32768, 151936))
 SMOKE_SHAPES = ((64, 300),)
+WARPS = (16, 32)
+"""Beside the 8 of launch.py: more threads a row are fewer rows in flight, 132 of 304 KB at 32 warps, which an H200's
+L2 holds until their second read."""
 
 
 def bench(table: Table, *, smoke: bool = False) -> None:
@@ -30,10 +34,17 @@ def bench(table: Table, *, smoke: bool = False) -> None:
         def in_place(p=p, logits=logits):
             return policy_loss(logits.detach().requires_grad_(), p.batch, p.objective, in_place=True).loss
 
-        variants = {
-            name: (lambda run=run, logits=logits: Variant(run, (logits,)))
-            for name, run in ({"fastgrpo": ours} | from_logits(p)).items()
-        }
+        def with_warps(count, ours=ours):
+            usual, launch.MAX_WARPS = launch.MAX_WARPS, count
+            try:
+                return ours()
+            finally:
+                launch.MAX_WARPS = usual
+
+        runs = {"fastgrpo": ours}
+        runs |= {f"fastgrpo, {count} warps": lambda count=count, run=with_warps: run(count) for count in WARPS}
+        runs |= from_logits(p)
+        variants = {name: (lambda run=run, logits=logits: Variant(run, (logits,))) for name, run in runs.items()}
         # last, because it leaves gradients where the logits were
         variants["fastgrpo in place"] = lambda in_place=in_place: Variant(in_place)
         bytes_moved = 3.0 * n * v * dtype.itemsize

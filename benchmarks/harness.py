@@ -46,7 +46,8 @@ class Table:
 
     def __post_init__(self) -> None:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "none (CPU smoke test)"
-        self._constant = {"gpu": name, "commit": _commit(), "versions": _versions()}
+        self.commit = _commit()
+        self._constant = {"gpu": name, "commit": self.commit, "versions": _versions()}
 
     def add(
         self, kernel: str, provider: str, mode: str, metric: str, unit: str, x: str, values: Iterable[float]
@@ -194,9 +195,11 @@ def copy_bandwidth(table: Table, num_bytes: int) -> float:
 
 
 def _commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
+    except OSError:  # a lent machine may have no git
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

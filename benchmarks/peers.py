@@ -101,6 +101,7 @@ def from_hidden(p: Problem) -> dict[str, Callable[[], Tensor]]:
             providers["trl logprob"] = lambda: surrogate(
                 trl_logprobs(hidden @ weight.T, batch.targets), batch, objective
             )
+            providers["trl chunked"] = lambda: surrogate(trl_chunked(hidden, weight, batch), batch, objective)
     if has("liger_kernel"):
         providers["liger fused linear"] = liger_fused_linear(p)
     return providers
@@ -116,6 +117,15 @@ def trl_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     from trl.trainer.utils import selective_log_softmax
 
     return selective_log_softmax(logits, targets)
+
+
+def trl_chunked(hidden: Tensor, weight: Tensor, batch: LossInputs) -> Tensor:
+    """Without the entropy, which the clipped objective does not need; with the width of TRL's trainers."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    width = _CHUNKED_LOGPROB_CHUNK_SIZE
+    return ChunkedLogProbFunction.apply(hidden, weight, None, batch.targets, 1.0, width, None, 1.0, ())[0]
 
 
 def _liger_triton(logits: Tensor, batch: LossInputs, objective: Objective) -> Tensor:

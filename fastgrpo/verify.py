@@ -270,14 +270,14 @@ def check_logprobs(case: Case, temperature: float, *, linear: bool, **options: A
     return errors
 
 
-def run(config: VerifyConfig) -> Iterator[Check]:
+def run(config: VerifyConfig, objectives: dict[str, Objective] = OBJECTIVES) -> Iterator[Check]:
     """Every objective x aggregation x mask x dtype, on- and off-policy, through every op."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"backend": config.backend}
     linear_options = {**options, "chunk_size": config.chunk_size}
-    grid = product(config.dtypes, AGGREGATIONS, MASKS, OBJECTIVES.items(), (False, True))
+    grid = product(config.dtypes, AGGREGATIONS, MASKS, objectives.items(), (False, True))
     for dtype_name, aggregation, mask, (name, objective), on_policy in grid:
         dtype = getattr(torch, dtype_name)
         case = make_case(
@@ -341,7 +341,11 @@ def table(checks: list[Check]) -> str:
 
 def main(config: VerifyConfig | None = None) -> int:
     """Run everything, print the table of worst errors against tolerances; 0 if all hold, else 1."""
-    checks = list(run(config or VerifyConfig()))
+    return report(list(run(config or VerifyConfig())))
+
+
+def report(checks: list[Check]) -> int:
+    """Print the table and what failed; 0 if nothing did, else 1."""
     failed = [check for check in checks if not check.ok]
     print(table(checks))
     print(f"\n{len(checks)} checks, {len(failed)} failed; each cell: worst error / its tolerance")
