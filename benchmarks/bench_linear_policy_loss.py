@@ -9,11 +9,17 @@ import torch
 from harness import Table, Variant, compare
 from peers import from_hidden, problem
 
+from fastgrpo.kernels import chunks
+from fastgrpo.kernels.chunks import ChunkRows
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 
 KERNEL = "linear_policy_loss"
 SHAPES = ((32768, 4096, 151936), (16384, 2048, 151936), (4096, 4096, 128256), (8192, 896, 151936))
 SMOKE_SHAPES = ((64, 16, 300),)
+CHUNKS = ((1024, 1024), (512, 2048), (512, 4096), (1024, 4096))
+"""Rows of logits and of gradients beside those that the kernels choose, whatever memory they take: to see whether the
+choice is right."""
+SMOKE_CHUNKS = ((16, 32),)
 
 
 def bench(table: Table, *, smoke: bool = False) -> None:
@@ -27,9 +33,19 @@ def bench(table: Table, *, smoke: bool = False) -> None:
         def ours(logits_dtype=None, hidden=hidden, weight=weight, p=p):
             return linear_policy_loss(hidden, weight, p.batch, p.objective, logits_dtype=logits_dtype).loss
 
+        def in_chunks(logits, gradients, ours=ours):
+            usual = chunks.chunk_rows
+            chunks.chunk_rows = lambda *_, **__: ChunkRows(logits=logits, gradients=gradients)
+            try:
+                return ours()
+            finally:
+                chunks.chunk_rows = usual
+
         runs = {"fastgrpo": ours}
         if not smoke:
             runs["fastgrpo bf16 tile"] = lambda ours=ours: ours(torch.bfloat16)
+        for sizes in SMOKE_CHUNKS if smoke else CHUNKS:
+            runs["fastgrpo {} of {} rows".format(*sizes)] = lambda sizes=sizes, run=in_chunks: run(*sizes)
         leaves = (hidden, weight)
         variants = {name: (lambda run=run, leaves=leaves: Variant(run, leaves)) for name, run in runs.items()}
         variants["three GEMMs"] = lambda hidden=hidden, weight=weight: Variant(gemms(hidden.detach(), weight.detach()))
