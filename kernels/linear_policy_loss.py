@@ -12,7 +12,7 @@ Letters: T scored tokens, H hidden, V vocabulary (shard).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,11 +90,14 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, call: _Call, need_hidden: bool, need_weight: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.call, ctx.weight, ctx.unit = call, weight, None
+        if hidden.dtype == torch.float16 and call.grad_weight_buffer is None and hidden.shape[0]:
+            call, ctx.unit = _in_units(call)
         outputs, ctx.grads = _run(hidden, weight, call, need_hidden, need_weight)
-        ctx.call, ctx.weight = call, weight
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
-        return outputs[0][0].to(outputs[1].dtype), *outputs
+        loss = outputs[0][0].to(outputs[1].dtype)
+        return loss if ctx.unit is None else loss * ctx.unit, *outputs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -102,7 +105,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         grad_hidden, grad_weight = take_once(ctx, _NAME)
         if grad_loss is None:
             return None, None, None, None, None
-        scale = grad_loss
+        scale = grad_loss if ctx.unit is None else grad_loss * ctx.unit
         if ctx.call.grad_weight_buffer is not None:
             scale = torch.where(scale == ctx.call.grad_scale, scale, torch.nan)
         grad_hidden = scale_in_place(grad_hidden, scale)
@@ -143,7 +146,8 @@ def linear_policy_loss(
             about 4e-2 at worst in a logprob (docs/kernels.md). Triton backend only.
         grad_weight_buffer: (V, H), dWeight is *added* here during the forward pass (Megatron's main_grad) and
             weight's own gradient stays None. A weight with the attribute grad_added_to_main_grad has it set to
-            True and receives zeros, as Megatron's hooks expect.
+            True and receives zeros, as Megatron's hooks expect. For bfloat16 and float32: float16 loses what a
+            batch's small weights leave of it.
         grad_scale: the upstream gradient to expect with grad_weight_buffer, where it must be known beforehand;
             another one at backward turns hidden's gradient into NaN rather than leaving the two inconsistent.
         reduce_grad_hidden: sum hidden's gradient over tp_group; False where the caller reduces (or
@@ -197,6 +201,17 @@ def _check_buffer(buffer: Tensor, weight: Tensor) -> None:
             f"grad_weight_buffer {tuple(buffer.shape)} on {buffer.device}: give a contiguous "
             f"{tuple(weight.shape)} tensor on {weight.device}"
         )
+
+
+def _in_units(call: _Call) -> tuple[_Call, Tensor]:
+    """The call with token weights near 1, and the power of two they were divided by; loss and gradients are linear.
+
+    A weight is one over a batch's tokens, and times a probability it is nothing to float16, whatever loss scale is
+    multiplied in later.
+    """
+    largest = call.batch.token_weights.abs().amax()
+    unit = torch.where(largest > 0.0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)
+    return replace(call, batch=replace(call.batch, token_weights=call.batch.token_weights / unit)), unit
 
 
 def _announce_buffer(weight: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,6 +203,20 @@ def test_gradient_buffer_receives_the_scaled_gradient_in_the_forward_pass():
     loss = linear_policy_loss(case.hidden, case.weight, case.batch, objective, **options).loss
     (grad_hidden,) = torch.autograd.grad(loss, case.hidden)  # another upstream gradient than was promised
     assert grad_hidden.isnan().all()
+
+
+@pytest.mark.parametrize("name", ["clip higher", "clip, sequence (GSPO)"])
+def test_float16_keeps_the_gradient_of_small_weights(name):
+    """One over a million tokens, and a loss scale that makes up for it: the gradients are those of weights near 1."""
+    objective = verify.OBJECTIVES[name]
+    case = case_for(objective, torch.float16)
+    large = linear_policy_loss(case.hidden, case.weight, case.batch, objective, backend="triton").loss
+    want = torch.autograd.grad(large, (case.hidden, case.weight))
+    batch = replace(case.batch, token_weights=case.batch.token_weights * 2.0**-20)
+    small = linear_policy_loss(case.hidden, case.weight, batch, objective, backend="triton").loss
+    got = torch.autograd.grad(small * 2.0**20, (case.hidden, case.weight))
+    assert small * 2.0**20 == large
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_plan_units():
