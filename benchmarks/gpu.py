@@ -74,8 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen:
         copy_bandwidth(table, 1 << 16 if args.smoke else 1 << 32)
     for module in chosen:
-        module.bench(table, smoke=args.smoke)
-        table.write(path)
+        try:
+            module.bench(table, smoke=args.smoke)
+        finally:
+            table.write(path)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if table.rows:

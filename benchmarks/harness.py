@@ -105,19 +105,20 @@ def compare(
         variant = build()
         try:
             peak = _peak_memory(variant, table.device)  # also compiles and warms up
-        except Exception as error:  # other people's code, at sizes they may not have tried: absent, and said so
-            if name.startswith("fastgrpo"):
-                raise
-            print(f"{kernel} {name} {x}: failed with {type(error).__name__}: {str(error)[:200]}")
-            _release(variant, table.device)
+        except Exception as error:
+            _leave_out(f"{kernel} {name} {x}", name, variant, error, table.device)
             continue
         ready[name] = variant
         if peak is not None:
             table.add(kernel, name, "full", "peak_memory", "bytes", x, [peak])
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
     for _ in range(rounds):
-        for name, variant in ready.items():
-            times[name].append(_timed(variant, table.device))
+        for name, variant in list(ready.items()):
+            try:
+                times[name].append(_timed(variant, table.device))
+            except Exception as error:  # for example memory that another has left in pieces
+                _leave_out(f"{kernel} {name} {x}", name, variant, error, table.device)
+                del ready[name], times[name]
         if table.out_of_time():
             break
     medians = {}
@@ -135,6 +136,16 @@ def compare(
         if flops:
             table.add(kernel, name, "full", "rate", "TFLOP/s", x, [flops / t / 1e9 for t in whole])
     return medians
+
+
+def _leave_out(what: str, name: str, variant: Variant, error: Exception, device: torch.device) -> None:
+    """Other people's code, at sizes they may not have tried, is absent and said to be; our own must run."""
+    if name.startswith("fastgrpo"):
+        raise error
+    print(f"{what}: failed with {type(error).__name__}: {str(error)[:200]}")
+    _clear(variant)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _timed(variant: Variant, device: torch.device) -> tuple[float, float]:
@@ -177,12 +188,6 @@ def _peak_memory(variant: Variant, device: torch.device) -> int | None:
 def _clear(variant: Variant) -> None:
     for leaf in variant.leaves:
         leaf.grad = None
-
-
-def _release(variant: Variant, device: torch.device) -> None:
-    _clear(variant)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def copy_bandwidth(table: Table, num_bytes: int) -> float:

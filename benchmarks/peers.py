@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,18 +153,21 @@ def _liger_triton(logits: Tensor, batch: LossInputs, objective: Objective) -> Te
 
 def liger_fused_linear(p: Problem) -> Callable[[], Tensor]:
     """Liger's chunked GRPO loss over hidden states: sequences of 1024 tokens, as it chunks by sequence."""
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
     hidden, weight, batch = p.hidden, p.weight, p.batch
     assert hidden is not None
     assert weight is not None
     assert batch.old_logprobs is not None
     old = batch.old_logprobs
     length = min(1024, hidden.shape[0])
-    peer = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo", compiled=hidden.is_cuda)
+
+    @cache
+    def peer() -> Any:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        return LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo", compiled=hidden.is_cuda)
 
     def run() -> Tensor:
-        loss, _ = peer(
+        loss, _ = peer()(
             hidden.view(-1, length, hidden.shape[1]),
             weight,
             batch.targets.view(-1, length),

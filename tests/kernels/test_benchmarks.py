@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -35,3 +38,23 @@ def test_without_a_gpu_nothing_is_measured():
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode != 0
     assert "no CUDA device" in result.stderr
+
+
+def test_a_peer_that_fails_is_left_out_and_we_are_not(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from harness import Table, Variant, compare
+
+    def failing_at(call):
+        calls = iter(range(call))
+
+        def forward():
+            if next(calls, None) is None:
+                raise MemoryError("late")
+
+        return lambda: Variant(forward)
+
+    table = Table(torch.device("cpu"))
+    variants = {"fastgrpo": failing_at(100), "early": failing_at(1), "late": failing_at(3)}
+    assert compare(table, "kernel", "x", variants, rounds=4).keys() == {"fastgrpo"}
+    with pytest.raises(MemoryError):
+        compare(table, "kernel", "x", {"fastgrpo": failing_at(3)}, rounds=4)
