@@ -28,7 +28,7 @@ class Head:
 
     def __init__(self, scored: Tensor, *, triton: bool) -> None:
         self.scored, self.triton = scored, triton
-        self.kept = None if triton or bool(scored.all()) else scored.nonzero()[:, 0]
+        self.kept: Tensor | None = None if triton or bool(scored.all()) else scored.nonzero()[:, 0]
         self.num_rows = scored.shape[0] if self.kept is None else self.kept.shape[0]
 
     def logits(self, span: Span) -> Tensor:
@@ -208,8 +208,8 @@ class GivenLogits(Head):
 class LogitsInPlace(Head):
     """Given logits (T, V) as a single tile: the Triton path of the ops that start from logits."""
 
-    def __init__(self, logits: Tensor, scored: Tensor) -> None:
-        super().__init__(scored, triton=True)
+    def __init__(self, logits: Tensor) -> None:
+        self.triton, self.kept, self.num_rows = True, None, logits.shape[0]
         self.tile, self.chunk_size = logits, max(logits.shape[0], 1)
         self.grad_logits: Tensor | None = None
 

@@ -37,12 +37,11 @@ class _PolicyLoss(torch.autograd.Function):
         gradient: bool,
         triton: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scored = batch.token_weights != 0
         head: GivenLogits | LogitsInPlace
         if triton:
-            head = LogitsInPlace(logits, scored)
+            head = LogitsInPlace(logits)
         else:
-            head = GivenLogits(logits, scored, temperature=objective.temperature)
+            head = GivenLogits(logits, batch.token_weights != 0, temperature=objective.temperature)
         if gradient:
             head.want_gradient(in_place=in_place)
         outputs = walk(
