@@ -198,7 +198,7 @@ def assemble(
             resume_step = state["step"] if checkpoint else -1 if config.resume != "no" else None
             log = stack.enter_context(open_log(config, run_dir, resume_step, console.message))
         stack.enter_context(console)
-        yield Run(
+        run = Run(
             config=config,
             run_dir=run_dir,
             objective=objective,
@@ -222,6 +222,8 @@ def assemble(
             num_nonfinite=state["num_nonfinite"],
             export=lambda path: export(path, learner, adapters or model, tokenizer),
         )
+        yield run
+        run.phases.enter("rollout")  # an engine is closed awake, and needs the room that it had
 
 
 def restore(

@@ -34,7 +34,9 @@ from fastgrpo.types import WeightSlice
 
 SLACK_STEPS = 64
 MAX_BATCHED_TOKENS = 2048
-"""Of one step, where it need not take more."""
+"""Of one step on a CPU, where it need not take more."""
+GPU_BATCHED_TOKENS = 8192
+"""On a GPU: vLLM's own choice for work without a server, where a step's prompts come all at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ class Engine:
                         core.wake_up()
                 core.shutdown()
                 del core
-        for file in glob.glob(f"/dev/shm/*{_job()}*"):
+        for file in glob.glob(f"/dev/shm/*{_job()}-*"):
             Path(file).unlink(missing_ok=True)
 
 
@@ -201,7 +203,10 @@ def _engine_args(settings: EngineSettings, directory: str, offered: list[WeightS
         distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_sequences,
-        max_num_batched_tokens=max(MAX_BATCHED_TOKENS, settings.max_sequences, settings.max_model_len if on_cpu else 0),
+        max_num_batched_tokens=max(
+            settings.max_sequences,
+            *((MAX_BATCHED_TOKENS, settings.max_model_len) if on_cpu else (GPU_BATCHED_TOKENS,)),
+        ),
         enforce_eager=settings.enforce_eager or on_cpu,
         enable_prefix_caching=True,
         enable_sleep_mode=settings.sleeps,

@@ -356,7 +356,7 @@ def gpu_arguments() -> dict[str, Any]:
     weights = sum(s.tensor.nbytes for s in offered)
     engine._gpu_bytes = lambda: 4 * weights
     known = {"config": None, "device": "cuda", "dtype": torch.bfloat16, "enforce_eager": False, "sleeps": True}
-    arguments = engine._engine_args(settings(**known, kv_cache_bytes=weights, max_sequences=4096), "", offered)
+    arguments = engine._engine_args(settings(**known, kv_cache_bytes=weights, max_sequences=16384), "", offered)
     share = settings(**known, kv_cache_bytes=None, gpu_memory_utilization=0.75)
 
     def shares() -> list[float]:

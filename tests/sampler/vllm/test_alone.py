@@ -152,7 +152,7 @@ def test_compiled_code_is_found_again_by_the_next_engine_of_a_model_alone(alone)
 def test_a_gpus_engine_is_asked_for_what_the_learner_leaves(alone):
     found = alone["gpu_arguments"]
     assert found["head"] == {"head_dtype": "float32"}
-    assert found["tokens"] == 4096  # of a step; no fewer than sequences
+    assert found["tokens"] == 16384  # of a step; no fewer than sequences
     # A KV cache, or three quarters in all, of a GPU of four times the weights; 0.32 takes these off by itself.
     assert found["shares"] == [0.5, 0.75]
     assert found["older_shares"] == [0.25, 0.5]
