@@ -18,7 +18,7 @@ from fastgrpo.checksum import checksum
 from fastgrpo.data import packing
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.sampler.protocol import Sampler
-from fastgrpo.weight_plan import Piece, WeightsError, describe, make_plan, volume
+from fastgrpo.transfer_plan import Piece, WeightsError, describe, plan_transfers, volume
 
 CANARY_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.1}
 """How far the two sides' logprobs may be apart, where nothing else is configured."""
@@ -56,7 +56,7 @@ class Exchange:
         everyone = self.learner.ranks.everyone(mine)
         learners = [held for part, _ in everyone for held in part]
         samplers = [held for _, part in everyone for held in part]
-        self.plan = make_plan(learners, samplers, self.bucket_bytes)
+        self.plan = plan_transfers(learners, samplers, self.bucket_bytes)
         self.addresses = [[held.address for held in part] for part in mine]
 
     def share(self) -> None:

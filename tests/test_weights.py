@@ -10,8 +10,8 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models import hf, storage
 from fastgrpo.sampler.torch_sampler import TorchSampler
+from fastgrpo.transfer_plan import WeightsError, describe, plan_transfers
 from fastgrpo.types import WeightSlice
-from fastgrpo.weight_plan import WeightsError, describe, make_plan
 from fastgrpo.weights import Exchange
 
 FULL = (8, 4)
@@ -40,7 +40,7 @@ def test_the_same_memory_is_shared_and_so_is_a_part_of_it():
         WeightSlice(name="w", full_shape=FULL, start=(0, 2), tensor=whole[:, 2:]),
     ]
     samplers = describe(parts, 0)
-    assert make_plan([learner], samplers, 1 << 20).shared == tuple(samplers)
+    assert plan_transfers([learner], samplers, 1 << 20).shared == tuple(samplers)
 
 
 @pytest.mark.parametrize(
@@ -53,34 +53,34 @@ def test_anything_else_is_not(change):
     (learner,) = describe([WeightSlice(name="w", full_shape=FULL, start=(0, 0), tensor=whole)], 0)
     rank = change.pop("rank", 0)
     box = WeightSlice(name="w", full_shape=FULL, start=(0, 0), tensor=whole[:4])
-    plan = make_plan([learner], describe([replace(box, **change)], rank), 1 << 20)
+    plan = plan_transfers([learner], describe([replace(box, **change)], rank), 1 << 20)
     assert plan.shared == ()
 
 
 def test_shards_are_put_together_from_the_ranks_that_hold_them():
     learners = [held(0, TOP), held(1, BOTTOM)]
-    plan = make_plan(learners, [held(0, ALL)], 1 << 20)
+    plan = plan_transfers(learners, [held(0, ALL)], 1 << 20)
     assert boxes(plan.copied) == [(0, 0, (0, 0), (4, 4))]
     assert [boxes(bucket) for bucket in plan.buckets] == [[(1, 0, (4, 0), (4, 4))]]
 
 
 def test_a_shard_of_another_axis_takes_its_part_of_every_rank():
     learners = [held(0, TOP), held(1, BOTTOM)]
-    plan = make_plan(learners, [held(0, ALL, slice(0, 2)), held(1, ALL, slice(2, 4))], 1 << 20)
+    plan = plan_transfers(learners, [held(0, ALL, slice(0, 2)), held(1, ALL, slice(2, 4))], 1 << 20)
     assert boxes(plan.copied) == [(0, 0, (0, 0), (4, 2)), (1, 1, (4, 2), (4, 2))]
     assert [boxes(bucket) for bucket in plan.buckets] == [[(1, 0, (4, 0), (4, 2)), (0, 1, (0, 2), (4, 2))]]
 
 
 def test_copies_of_a_shard_share_the_sending():
     learners = [held(0, ALL), held(1, ALL)]
-    plan = make_plan(learners, [held(2, ALL), held(3, ALL)], 1 << 20)
+    plan = plan_transfers(learners, [held(2, ALL), held(3, ALL)], 1 << 20)
     assert boxes(plan.buckets[0]) == [(0, 2, (0, 0), (8, 4)), (1, 3, (0, 0), (8, 4))]
 
 
 def test_a_bucket_bounds_what_every_rank_sends_and_receives():
     learners = [held(0, ALL), held(0, ALL, name="v")]
     row = 16  # bytes
-    plan = make_plan(learners, [held(1, ALL), held(1, ALL, name="v")], 3 * row)
+    plan = plan_transfers(learners, [held(1, ALL), held(1, ALL, name="v")], 3 * row)
     assert [boxes(bucket) for bucket in plan.buckets] == [
         [(0, 1, (0, 0), (3, 4))],
         [(0, 1, (3, 0), (3, 4))],
@@ -89,21 +89,21 @@ def test_a_bucket_bounds_what_every_rank_sends_and_receives():
         [(0, 1, (3, 0), (3, 4))],
         [(0, 1, (6, 0), (2, 4))],
     ]
-    assert len(make_plan(learners, [held(1, ALL)], 1).buckets) == 8  # a row is never cut
+    assert len(plan_transfers(learners, [held(1, ALL)], 1).buckets) == 8  # a row is never cut
 
 
 def test_what_the_learner_does_not_hold_is_named():
     message = "w: the learner holds 16 of the 32 elements that rank 0's sampler needs of it"
     with pytest.raises(WeightsError, match=message):
-        make_plan([held(1, TOP)], [held(0, ALL)], 1 << 20)
+        plan_transfers([held(1, TOP)], [held(0, ALL)], 1 << 20)
     with pytest.raises(WeightsError, match="v: the learner holds 0 of the 32"):
-        make_plan([held(0, ALL)], [held(0, ALL, name="v")], 1 << 20)
+        plan_transfers([held(0, ALL)], [held(0, ALL, name="v")], 1 << 20)
 
 
 def test_another_shape_is_named():
     other = replace(held(0, ALL), full_shape=(9, 4))
     with pytest.raises(WeightsError, match=r"w: \(9, 4\) in the learner and \(8, 4\) in the sampler"):
-        make_plan([other], [held(0, ALL)], 1 << 20)
+        plan_transfers([other], [held(0, ALL)], 1 << 20)
 
 
 @pytest.fixture

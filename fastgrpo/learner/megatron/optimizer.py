@@ -18,11 +18,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Held:
+class OptimizerShard:
     """What this rank's optimizer holds of one parameter: the entries start to stop of the flattened one.
 
     tensors, each flat and float32: Adam's moments, and the master weights (fp32_param) of a narrower parameter.
-    Example: Held(weight, 0, 8, {"exp_avg": zeros(8), "exp_avg_sq": zeros(8)}).
+    Example: OptimizerShard(weight, 0, 8, {"exp_avg": zeros(8), "exp_avg_sq": zeros(8)}).
     """
 
     param: nn.Parameter
@@ -112,14 +112,14 @@ class Optimizer:
                 for main in group["params"]:
                     part.optimizer.state[main]["step"] = torch.tensor(float(num_steps), device=main.device)
 
-    def held(self) -> Iterator[Held]:
+    def held(self) -> Iterator[OptimizerShard]:
         """The state of every parameter that this rank holds a part of, as it lies in memory: fill it to load it."""
         for part in self._parts:
             for param, main, start in _mains(part, self.chunks):
                 tensors = {name: part.optimizer.state[main][name].view(-1) for name in MOMENTS}
                 if main.dtype != param.dtype:
                     tensors["fp32_param"] = main.detach().view(-1)
-                yield Held(param, start, start + main.numel(), tensors)
+                yield OptimizerShard(param, start, start + main.numel(), tensors)
 
     def state(self) -> list[Tensor]:
         """All that outlives an update, but the weights themselves."""

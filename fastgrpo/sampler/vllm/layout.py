@@ -14,7 +14,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from fastgrpo.sampler.vllm.low_rank import LowRank
+from fastgrpo.sampler.vllm.low_rank import ServedAdapters
 from fastgrpo.types import WeightSlice
 
 
@@ -49,7 +49,7 @@ def parameters(model: nn.Module) -> list[Owned]:
 
 
 def _slices(module: nn.Module, kind: str, prefix: str, leaf: str, memory: Tensor) -> Iterator[WeightSlice]:
-    if isinstance(module, LowRank):
+    if isinstance(module, ServedAdapters):
         yield from module.slices(kind, memory)
     elif isinstance(module, QKVParallelLinear):
         yield from _fused(_qkv(module), kind, prefix, memory)

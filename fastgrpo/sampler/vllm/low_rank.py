@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, float]]
 """The path of a checkpoint's matrix to its adapters' rank and scale: {"model.layers.0.self_attn.q_proj": (16, 2.0)}."""
 
 
-class LowRank(nn.Module):
+class ServedAdapters(nn.Module):
     """The adapters of what one of vLLM's linears holds.
 
     matrices: the boxes of the checkpoint's matrices that lie one below another in the linear's weight. The A's lie so
@@ -86,13 +86,13 @@ def add_adapters(linears: Mapping[LinearBase, list[WeightSlice]], shapes: Shapes
         raise NotImplementedError(f"it has no matrix {missing[0]} to put adapters beside")
     for linear, boxes in linears.items():
         if any(box.name.removesuffix(".weight") in shapes for box in boxes):
-            linear.lora = LowRank(boxes, shapes, linear.params_dtype)
+            linear.lora = ServedAdapters(boxes, shapes, linear.params_dtype)
 
 
 def use_adapters(model: nn.Module) -> None:
     """From now on the linears compute with them."""
     for module in model.modules():
-        if isinstance(getattr(module, "lora", None), LowRank):
+        if isinstance(getattr(module, "lora", None), ServedAdapters):
             module.quant_method = AdaptedLinear(module.quant_method)  # type: ignore[assignment]
 
 

@@ -23,7 +23,7 @@ class WeightsError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class RemoteSlice:
     """A slice as other ranks see it: without its memory, but with the address."""
 
     rank: int
@@ -41,7 +41,7 @@ class Held:
     def box(self) -> tuple[Any, ...]:
         return self.name, self.start, self.shape
 
-    def contains(self, other: Held) -> bool:
+    def contains(self, other: RemoteSlice) -> bool:
         """Whether the other is a part of this box, in this memory."""
         if (self.rank, self.full_shape, self.dtype) != (other.rank, other.full_shape, other.dtype):
             return False
@@ -59,8 +59,8 @@ class Held:
 class Piece:
     """What one learner's slice gives one sampler's: a box, in the checkpoint tensor's own coordinates."""
 
-    source: Held
-    target: Held
+    source: RemoteSlice
+    target: RemoteSlice
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
@@ -71,7 +71,7 @@ class Piece:
             size *= length
         return -(-size // ALIGNMENT) * ALIGNMENT
 
-    def of(self, held: Held, tensor: Tensor) -> Tensor:
+    def of(self, held: RemoteSlice, tensor: Tensor) -> Tensor:
         """The piece's view of a slice's tensor."""
         for dim, (begin, first, length) in enumerate(zip(self.start, held.start, self.shape, strict=True)):
             tensor = tensor.narrow(dim, begin - first, length)
@@ -94,10 +94,10 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TransferPlan:
     """How every sampler's slice comes by its weights. The same on every rank."""
 
-    shared: tuple[Held, ...]
+    shared: tuple[RemoteSlice, ...]
     """Sampler's slices that are learner's memory."""
     copied: tuple[Piece, ...]
     """Pieces whose source and target are on one rank."""
@@ -107,8 +107,8 @@ class Plan:
     def lines(self, rank: int) -> list[str]:
         """What a rank's sampler shares, copies and receives, for people."""
 
-        def total(helds: Sequence[Held | Piece]) -> str:
-            size = sum(h.dtype.itemsize * volume(h.shape) if isinstance(h, Held) else h.num_bytes for h in helds)
+        def total(helds: Sequence[RemoteSlice | Piece]) -> str:
+            size = sum(h.dtype.itemsize * volume(h.shape) if isinstance(h, RemoteSlice) else h.num_bytes for h in helds)
             return f"{size / 1e6:.1f} MB"
 
         shared = [held for held in self.shared if held.rank == rank]
@@ -125,10 +125,10 @@ def volume(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def describe(slices: Sequence[WeightSlice], rank: int) -> list[Held]:
+def describe(slices: Sequence[WeightSlice], rank: int) -> list[RemoteSlice]:
     """What other ranks need to know of this rank's slices."""
     return [
-        Held(
+        RemoteSlice(
             rank=rank,
             index=index,
             name=s.name,
@@ -143,10 +143,10 @@ def describe(slices: Sequence[WeightSlice], rank: int) -> list[Held]:
     ]
 
 
-def make_plan(learners: Sequence[Held], samplers: Sequence[Held], bucket_bytes: int) -> Plan:
+def plan_transfers(learners: Sequence[RemoteSlice], samplers: Sequence[RemoteSlice], bucket_bytes: int) -> TransferPlan:
     """Find a source for everything that the samplers hold: the same memory, else the same rank, else the rank that has
     sent the least so far. Raises WeightsError where the learners do not hold all of a tensor."""
-    by_name: dict[str, list[Held]] = {}
+    by_name: dict[str, list[RemoteSlice]] = {}
     for held in learners:
         by_name.setdefault(held.name, []).append(held)
     sent: dict[int, int] = {}
@@ -166,12 +166,12 @@ def make_plan(learners: Sequence[Held], samplers: Sequence[Held], bucket_bytes: 
         pieces += found
     copied = [piece for piece in pieces if piece.source.rank == piece.target.rank]
     moved = [p for piece in pieces if piece.source.rank != piece.target.rank for p in piece.split(bucket_bytes)]
-    return Plan(shared=tuple(shared), copied=tuple(copied), buckets=tuple(_fill_buckets(moved, bucket_bytes)))
+    return TransferPlan(shared=tuple(shared), copied=tuple(copied), buckets=tuple(_fill_buckets(moved, bucket_bytes)))
 
 
-def _cover(target: Held, sources: Sequence[Held], sent: dict[int, int]) -> Iterator[Piece]:
+def _cover(target: RemoteSlice, sources: Sequence[RemoteSlice], sent: dict[int, int]) -> Iterator[Piece]:
     """Pieces of the learners' boxes that intersect the target's, each from one of the ranks that hold the box."""
-    boxes: dict[tuple[Any, ...], list[Held]] = {}
+    boxes: dict[tuple[Any, ...], list[RemoteSlice]] = {}
     for source in sources:
         if source.full_shape != target.full_shape:
             raise WeightsError(
