@@ -18,6 +18,7 @@ from fastgrpo.models import hf, lora, tiny
 from fastgrpo.models.export import save_stream
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
+from fastgrpo.models.shape import Shape
 from fastgrpo.ranks import Ranks, started_by_torchrun
 from fastgrpo.warm_start import cached_path, reserve, store, warm_start
 
@@ -194,8 +195,7 @@ def describe(model: CausalLM, device: str) -> str:
 
 def _attention(model: CausalLM) -> str:
     """Whose attention a GPU computes."""
-    config, kernel = model.config, varlen_kernels.chosen()
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kernel, head_size = varlen_kernels.chosen(), Shape.of(model.config).head_size
     if kernel.takes(torch.empty(0, head_size, dtype=model.dtype, device="meta")):
         return f"flash attention of {kernel.name}"
     kind = str(model.dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from fastgrpo.models.activations import Kept
 from fastgrpo.models.experts import choice_dtype
 from fastgrpo.models.shape import Shape
 from fastgrpo.models.stages import stages_of
-from fastgrpo.models.storage import FUSED
+from fastgrpo.models.storage import PRODUCTS
 
 RESERVED_SHARE = 0.08
 """Of a GPU, for CUDA's context, the allocator's fragments and captured graphs."""
@@ -178,7 +178,7 @@ def num_adapter_parameters(shape: Shape, rank: int, targets: list[str], tp: int,
 
 def _num_merged(shape: Shape, targets: list[str], tp: int, num_layers: int) -> int:
     """Those of the layers' products, q/k/v and gate/up together, in which a matrix has adapters, on a rank."""
-    products = [names for names in (*FUSED, ("o_proj",), ("down_proj",)) if not set(names).isdisjoint(targets)]
+    products = [names for names in PRODUCTS if not set(names).isdisjoint(targets)]
     cut = _matrix_sides(shape)
     rows = sum(cut[name] for names in products for name in names)
     return num_layers * rows * shape.hidden_size // tp

@@ -20,7 +20,7 @@ from fastgrpo.config import LoraConfig, UserError
 from fastgrpo.kernels.cpu_linear import use_cpu_linear
 from fastgrpo.models import storage
 from fastgrpo.models.hf import CausalLM, load_skeleton
-from fastgrpo.models.storage import FUSED
+from fastgrpo.models.storage import PRODUCTS
 from fastgrpo.types import WeightSlice
 
 
@@ -59,7 +59,7 @@ class Adapters:
         """
         for path, module in self._model.named_modules():
             children = dict(module.named_children())
-            for names in (*FUSED, ("o_proj",), ("down_proj",)):
+            for names in PRODUCTS:
                 parts = [children.get(name) for name in names]
                 if any(_has_adapters(part) for part in parts):
                     whole = torch.cat([_base(part).weight for part in parts])

@@ -69,8 +69,12 @@ class Shape:
 
     def num_vocabulary_parameters(self, tp: int = 1) -> int:
         """The embedding's, or the head's, on one rank."""
-        rows = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if tp > 1 else self.vocab_size
-        return rows * self.hidden_size // tp
+        return (self.padded_vocab_size(tp) if tp > 1 else self.vocab_size) * self.hidden_size // tp
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """The vocabulary with rows added until every rank's shard is equally large."""
+        multiple = VOCAB_MULTIPLE if VOCAB_MULTIPLE % tp == 0 else VOCAB_MULTIPLE * tp
+        return -(-self.vocab_size // multiple) * multiple
 
     @property
     def head_in_layers(self) -> float:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fastgrpo.types import WeightSlice
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+PRODUCTS = (*FUSED, ("o_proj",), ("down_proj",))
+"""The matrices of a layer that are multiplied at once."""
 VOCAB_MULTIPLE = 64
 """vLLM's own padding of the vocabulary; it also aligns the head's product."""
 

@@ -13,7 +13,6 @@ from fastgrpo.models.shape import Shape
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # A shard of the vocabulary is a multiple of 64 rows / TP: aligned for the head's GEMM, and vLLM's own padding.
-VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +74,6 @@ class Architecture(Shape):
     def kv_size(self) -> int:
         """Rows of the key projection, and of the value projection."""
         return self.num_kv_heads * self.head_size
-
-    def padded_vocab_size(self, tp: int) -> int:
-        """The vocabulary with rows added until every rank's shard is equally large."""
-        multiple = VOCAB_MULTIPLE if VOCAB_MULTIPLE % tp == 0 else VOCAB_MULTIPLE * tp
-        return -(-self.vocab_size // multiple) * multiple
 
 
 def _check(config: Any) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from fastgrpo.config import UserError
 from fastgrpo.learner.megatron.architecture import Architecture
+from fastgrpo.learner.megatron.weight_map import LINEARS
 from fastgrpo.models.stages import stages_of
 
 NUM_SUGGESTIONS = 3
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GROUPED_MULTIPLE = 8
 """Of the columns in a grouped product's matrices, whose rows must lie at multiples of 16 bytes."""
 
@@ -103,8 +103,9 @@ def _misfit(layout: Layout, architecture: Architecture) -> str | None:
     if kv_heads % tp and tp % kv_heads:
         return f"learner.tp={tp}: the model's {kv_heads} key/value heads can be neither cut nor replicated {tp} ways"
     if tp > kv_heads and architecture.adapters is not None:
-        targets = [name for name in QKV if name in architecture.adapters.targets]
-        if targets not in ([], list(QKV)):
+        qkv = LINEARS["self_attention.linear_qkv"]
+        targets = [name for name in qkv if name in architecture.adapters.targets]
+        if targets not in ([], list(qkv)):
             return (
                 f"learner.tp={tp}: beyond the model's {kv_heads} key/value heads, model.lora.target_modules needs all "
                 "of q_proj, k_proj and v_proj, or none"

@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample import sampler as vllm_sampler
 
+from fastgrpo.models.shape import Shape
 from fastgrpo.sampler.vllm.adopt import LOAD_FORMAT, Adoption, adopting
 from fastgrpo.sampler.vllm.low_rank import Shapes
 from fastgrpo.sampler.vllm.pools import kept_allocator_settings, pools_outlive_tensors
@@ -160,8 +161,7 @@ def _check_supported(settings: EngineSettings) -> None:
     if settings.device == "cpu":
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        config = settings.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = Shape.of(settings.config).head_size
         known = CPUAttentionBackend.get_supported_head_sizes()
         if size not in known:
             raise ValueError(f"on a CPU its attention has heads of {', '.join(map(str, known))}, but not of {size}")
