@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.kernels.chunks import GPU_TILE_FRACTION
 from fastgrpo.models import lora
 from fastgrpo.models.activations import Kept
 from fastgrpo.models.experts import choice_dtype
@@ -21,8 +22,6 @@ from fastgrpo.models.storage import PRODUCTS
 
 RESERVED_SHARE = 0.08
 """Of a GPU, for CUDA's context, the allocator's fragments and captured graphs."""
-LOSS_HEAD_SHARE = 1 / 128
-"""kernels/chunks.py gives a tile of logits this share of a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +48,19 @@ class Plan:
         return int(self.device_bytes * RESERVED_SHARE) if self.on_gpu else 0
 
     @property
+    def always(self) -> int:
+        """Held in every phase."""
+        return self.weights + self.reference + self.sampler_weights + self.reserved
+
+    @property
+    def update_state(self) -> int:
+        """What only an update needs, and may leave while sampling."""
+        return self.gradients + self.optimizer
+
+    @property
     def train(self) -> int:
         """Held while learning, with the KV cache asleep."""
-        held = self.weights + self.reference + self.sampler_weights + self.gradients + self.optimizer
-        return held + self.activations + self.loss_head + self.reserved
+        return self.always + self.update_state + self.activations + self.loss_head
 
     @property
     def offload(self) -> bool:
@@ -60,21 +68,18 @@ class Plan:
         not fit beside them."""
         if self.offload_asked != "auto":
             return self.offload_asked == "always"
-        stays = self.weights + self.reference + self.sampler_weights + self.reserved
-        return self.on_gpu and stays + self.gradients + self.optimizer + self.kv_cache_wanted > self.device_bytes
+        return self.on_gpu and self.always + self.update_state + self.kv_cache_wanted > self.device_bytes
 
     @property
     def kv_cache(self) -> int:
         """What the KV cache gets: what it wants, or what is left."""
-        held = self.weights + self.reference + self.sampler_weights + self.reserved
-        held += 0 if self.offload else self.gradients + self.optimizer
+        held = self.always + (0 if self.offload else self.update_state)
         return max(0, min(self.kv_cache_wanted, self.device_bytes - held))
 
     @property
     def rollout(self) -> int:
         """Held while sampling."""
-        held = self.weights + self.reference + self.sampler_weights + self.reserved + self.kv_cache
-        return held + (0 if self.offload else self.gradients + self.optimizer)
+        return self.always + self.kv_cache + (0 if self.offload else self.update_state)
 
     @property
     def fits(self) -> bool:
@@ -129,7 +134,7 @@ def make_plan(
         gradients=trained * 4,
         optimizer=_num_stepped(config, trained - experts, experts, num_ranks) * (8 + (4 if size_trained < 4 else 0)),
         activations=_activations(config, kept, layers),
-        loss_head=int(device_bytes * LOSS_HEAD_SHARE) if on_gpu else 1 << 26,
+        loss_head=(device_bytes // GPU_TILE_FRACTION if on_gpu else 1 << 26) + _head_gradient(config, shape),
         offload_asked=learner.offload,
         kv_cache_wanted=shape.kv_cache_bytes(in_flight, length, size, sampler.tp),
     )
@@ -144,6 +149,13 @@ def _num_stepped(config: Config, others: int, experts: int, num_ranks: int) -> i
     cuts = learner.tp, learner.ep if learner.ep > 1 else learner.tp
     sharers = (max(1, num_ranks // (cut * learner.pp)) for cut in cuts)
     return sum(count // sharing for count, sharing in zip((others, experts), sharers, strict=True))
+
+
+def _head_gradient(config: Config, shape: Shape) -> int:
+    """The head's own sum of its gradient, in float32, where it does not go straight into Megatron's."""
+    if config.learner.kind == "megatron" or config.model.lora.enabled:
+        return 0
+    return 4 * shape.num_vocabulary_parameters()
 
 
 def _activations(config: Config, kept: Kept, layers: int) -> int:

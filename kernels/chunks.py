@@ -21,7 +21,7 @@ Span = tuple[int, int]
 _CPU_STRIP_ELEMENTS = 1 << 20  # see torch_rows: a chunk of one strip computes its exponentials once
 _CPU_TILE_ELEMENTS = 1 << 24
 _CPU_GEMM_ROWS = 256  # more rows do not make the CPU's GEMMs faster
-_GPU_TILE_FRACTION = 124  # 1.2 GB of an H200, 0.7 GB of an 80 GB card
+GPU_TILE_FRACTION = 124  # 1.2 GB of an H200, 0.7 GB of an 80 GB card
 _GPU_STEP = 1 << 32
 _ONEDNN_SUM = 1 << 21  # above this, adding oneDNN's product to dWeight costs more than MKL's accumulation loses
 _CPU_UPCAST_ROWS = 4096  # rows of a half-precision weight that are float32 at once on a CPU
@@ -73,7 +73,7 @@ def chunk_rows(
     return gpu_chunk_rows(
         bytes_per_row=(columns * logits_dtype.itemsize, columns * weight.dtype.itemsize if beside else 0),
         hidden_size=weight.shape[1],
-        budget=device.total_memory // _GPU_STEP * _GPU_STEP // _GPU_TILE_FRACTION,
+        budget=device.total_memory // _GPU_STEP * _GPU_STEP // GPU_TILE_FRACTION,
         num_multiprocessors=device.multi_processor_count,
         strips=strips and beside,
     )
