@@ -71,11 +71,19 @@ def check_contract(contract: LogprobContract, objective: Objective) -> None:
         )
 
 
-def check_stop_tokens(config: Config, vocab_size: int) -> None:
-    """Raise UserError for a stop token that the model can never draw."""
+def check_tokens(config: Config, tokenizer: Any, prompts: PromptSets, vocab_size: int) -> None:
+    """Raise UserError for a token that the model does not have, to be read or to end a completion with."""
     for token in config.sampling.stop_token_ids or ():
         if not 0 <= token < vocab_size:
             raise UserError(f"sampling.stop_token_ids={token}: the model's tokens are 0 to {vocab_size - 1}; use those")
+    read = (int(prompt.token_ids.max()) for prompt in [*prompts.train, *prompts.eval])
+    largest = max(int(tokenizer.eos_token_id), *read)
+    if largest >= vocab_size:
+        key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
+        raise UserError(
+            f"{key}={config.model.tokenizer_path or config.model.path}: its tokenizer makes token {largest}, and the "
+            f"model's are 0 to {vocab_size - 1}; give the model's own tokenizer"
+        )
 
 
 def set_up_torch(config: Config) -> None:
@@ -155,7 +163,7 @@ def assemble(
         model_config = config_of_model(config, tokenizer)
         check_layout(config, model_config, ranks.num_ranks)
         check_router_replay(config, model_config)
-        check_stop_tokens(config, model_config.vocab_size)
+        check_tokens(config, tokenizer, prompts, model_config.vocab_size)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)

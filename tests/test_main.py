@@ -296,6 +296,23 @@ def test_a_model_without_weights_is_refused(refusal, broken_model):
     assert refusal("train", *small_run("model")).startswith("model.path=model: cannot be loaded: ")
 
 
+def test_a_layer_without_weights_is_refused(refusal, broken_model):
+    edit_json(broken_model / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    line = refusal("train", *small_run(str(broken_model)))
+    assert re.fullmatch(r"model.path=\S+: its files lack 12 of the weights .*, such as model.layers.2.input_.*", line)
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(refusal, broken_model, tiny_qwen2):
+    tokenizer = json.loads((broken_model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["1"] = 999
+    (broken_model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line = refusal("train", *small_run(tiny_qwen2, f"model.tokenizer_path={broken_model}"))
+    assert line == (
+        f"model.tokenizer_path={broken_model}: its tokenizer makes token 999, and the model's are 0 to 257; "
+        "give the model's own tokenizer"
+    )
+
+
 def test_weights_that_are_cut_short_are_refused(refusal, broken_model):
     weights = broken_model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

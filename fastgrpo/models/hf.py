@@ -78,9 +78,15 @@ def load_model(path: str, *, device: str, dtype: torch.dtype) -> CausalLM:
     config = load_config(path)
     source = _local_or_hub("model.path", path)
     try:
-        model: CausalLM = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+        found: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
+    model: CausalLM = found[0]
+    if missing := sorted(found[1]["missing_keys"]):  # transformers would draw them at random
+        raise UserError(
+            f"model.path={path}: its files lack {len(missing)} of the weights that config.json describes, such as "
+            f"{missing[0]}; complete the directory"
+        )
     return prepare(model.to(device))
 
 
