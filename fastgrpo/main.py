@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.signals import noting_ctrl_c
 
 RUNS = Path("runs")
 SPEAK_AFTER_MAIN_S = 5.0
@@ -39,16 +40,19 @@ def main() -> None:
         sys.exit(0)
     if command not in commands:
         fail(f"{command!r} is no command; use one of {', '.join(commands)}")
-    try:
-        sys.exit(commands[command](arguments))
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `fastgrpo train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    with noting_ctrl_c() as interrupts:
+        try:
+            sys.exit(commands[command](arguments))
+        except BrokenPipeError:  # `fastgrpo train --help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupts or isinstance(error, KeyboardInterrupt):  # an import that it breaks off raises what it likes
+                print("stopped", file=sys.stderr)
+                sys.exit(130)
+            if isinstance(error, UserError):
+                fail(str(error))
+            raise
 
 
 def fail(message: str) -> NoReturn:

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from fastgrpo.ranks import Ranks
+if TYPE_CHECKING:
+    from fastgrpo.ranks import Ranks
+
+
+@contextmanager
+def noting_ctrl_c() -> Iterator[list[int]]:
+    """Notes each Ctrl-C beside raising KeyboardInterrupt, as which it does not always arrive."""
+    interrupts: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        interrupts.append(signum)
+        signal.default_int_handler(signum, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored in a shell's background, or a caller's own
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class StopRequest:

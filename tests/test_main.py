@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from builders import REWARDS, small_run
 from hydra.core.singleton import Singleton
 
+from fastgrpo.config import UserError
 from fastgrpo.help import all_keys
 from fastgrpo.main import main
 from fastgrpo.metrics import read_jsonl
@@ -390,6 +392,16 @@ def test_a_mistake_in_the_shell_is_one_line_and_exit_code_2(workplace, tiny_qwen
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(r"fastgrpo: reward.path=.* returned 'good' \(str\); return a finite number\n", done.stderr)
+
+
+def test_ctrl_c_that_breaks_off_an_import_is_no_mistake(call, monkeypatch):
+    def start(_):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise UserError("the tokenizer cannot be loaded: Could not import module 'AutoTokenizer'")
+
+    monkeypatch.setattr("fastgrpo.main.train", start)
+    assert call("train") == (130, "", "stopped\n")
 
 
 def test_an_unknown_command_is_refused(refusal):
