@@ -124,7 +124,7 @@ CONFIGURATION = {
     "open mapping": ("reward.extra=3", "reward.extra=3: wrong type; give"),
     "name of a metric": (
         "reward.extra.mean.path=fastgrpo.rewards.verifiable:exact_match",
-        "reward.extra.mean: reward/mean is a metric of its own; rename it",
+        "reward.extra.mean.path=fastgrpo.rewards.verifiable:exact_match: reward/mean is a metric of its own; rename it",
     ),
     "unknown name": (
         "algorithm.advantage=gae",

@@ -96,7 +96,7 @@ class PromptStream:
                 f"resume: the checkpoint was made with {state['num_prompts']} training prompts, the data now has "
                 f"{len(self._prompts)}; restore the data or start anew with resume=no"
             )
-        if state["digest"] != self._digest:
+        if state.get("digest", self._digest) != self._digest:  # a checkpoint of before had none
             raise UserError(
                 "resume: the data has other training prompts than the checkpoint was made with, or in another order; "
                 "restore the data or start anew with resume=no"

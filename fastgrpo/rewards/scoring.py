@@ -192,8 +192,9 @@ def _load(config: RewardConfig, function: Callable[..., Any] | None) -> list[Rew
         functions.append(load_reward(term.path, key=key, name=name, weight=term.weight, kwargs=term.kwargs))
         if name == functions[0].name:
             raise UserError(f"reward.extra.{name} has the name of the first reward function; rename it")
-        if name in TAKEN:
-            raise UserError(f"reward.extra.{name}: reward/{name} is a metric of its own; rename it")
+    for one in functions if len(functions) > 1 else ():
+        if one.name in TAKEN:
+            raise UserError(f"{one.key}={one.path}: reward/{one.name} is a metric of its own; rename it")
     return functions
 
 
