@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -64,4 +64,4 @@ def take_once(ctx: Any, name: str) -> Any:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(tensor)
+    return torch.cuda.device_of(tensor) if torch.cuda.is_initialized() else nullcontext()
