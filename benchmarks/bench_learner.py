@@ -221,6 +221,7 @@ def start_process_group() -> None:
     """torchrun's, or one of this process alone."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as fastgrpo.ranks.join_job, before the first use
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
         dist.init_process_group(backend)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import device_memory, make_plan
 from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.scoring import Rewards
+from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.samplers import check_router_replay, make_exchange, make_sampler
 from fastgrpo.types import LogprobContract, SamplingParams
 from fastgrpo.unfinished import Unfinished
@@ -186,7 +188,7 @@ def assemble(
             learner.offload()  # before the sampler takes what the plan says is left then
         sampler, sampling_ranks = make_sampler(config, learner, model, adapters, prompts, plan, console.message)
         if sampler is not None:
-            stack.callback(sampler.close)
+            stack.push(partial(_close, sampler, ranks))
         exchange = make_exchange(config, learner, sampler, prompts, console.message)
         planned: dict[Phase, int] = {"train": plan.train, "rollout": plan.rollout} if plan.on_gpu else {}
         sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
@@ -232,6 +234,13 @@ def assemble(
         )
         yield run
         run.phases.enter("rollout")  # an engine is closed awake, and needs the room that it had
+
+
+def _close(sampler: Sampler, ranks: Ranks, failure: type[BaseException] | None, *_: object) -> None:
+    """Shut the sampler down. Not where this rank fails beside others on GPUs: ending NCCL's groups could wait for ranks
+    that wait for this one, and nobody would read why."""
+    if failure is None or ranks.num_ranks == 1 or not torch.cuda.is_available():
+        sampler.close()
 
 
 def restore(
