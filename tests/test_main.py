@@ -477,7 +477,9 @@ def test_runs_latest_points_to_the_newest_run(call, tiny_qwen2):
     assert call("train", *small, "run.name=mine", "seed=1")[0] == 0
     assert Path("runs/latest").resolve().parent == Path("runs/mine").resolve()
     assert len(read_jsonl("runs/latest/metrics.jsonl")) == 2
-    code, out, _ = call("train", *small, "train.num_steps=2", "resume=auto")
+    more = ("train.num_steps=2", "resume=auto")
+    assert "generated problems follow the seed" in call("train", *small, *more)[2]
+    code, out, _ = call("train", *small, *more, "seed=1")
     assert code == 0
     assert f"resuming after step 1 from {Path('runs/latest').resolve()}" in out
     assert len(list(Path("runs/mine").iterdir())) == 2

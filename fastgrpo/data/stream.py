@@ -99,7 +99,7 @@ class PromptStream:
         if state.get("digest", self._digest) != self._digest:  # a checkpoint of before had none
             raise UserError(
                 "resume: the data has other training prompts than the checkpoint was made with, or in another order; "
-                "restore the data or start anew with resume=no"
+                "restore the data (generated problems follow the seed) or start anew with resume=no"
             )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
