@@ -137,11 +137,12 @@ def checks_of(task: tuple[VerifyConfig, str]) -> list[Check]:
 
 def far_rows(device: torch.device, num_rows: int, num_columns: int) -> bool:
     """The first and last rows of large logits agree with those rows alone in float64."""
+    torch.manual_seed(0)
     logits = torch.randn(num_rows, num_columns, device=device, dtype=torch.bfloat16).requires_grad_()
     targets = torch.randint(0, num_columns, (num_rows,), device=device)
     log_p, entropy = logprobs(logits, targets, entropy=True)
     (grad,) = torch.autograd.grad(log_p.sum() + entropy.sum(), logits)
-    for rows in (slice(0, 4), slice(num_rows - 4, num_rows)):
+    for rows in (slice(0, 32), slice(num_rows - 32, num_rows)):  # of a few, single roundings would be the norm
         exact = logits[rows].detach().double().requires_grad_()
         want = reference.logprobs(exact, targets[rows], entropy=True)
         (want_grad,) = torch.autograd.grad(want[0].sum() + want[1].sum(), exact)
