@@ -121,12 +121,20 @@ class Checkpoints:
                 self._name(pending.path)
 
     def newest(self, notify: Callable[[str], object]) -> Checkpoint | None:
-        """The newest whole checkpoint; `notify` hears the name of each broken one that is skipped."""
-        for path in self.ranks.from_main(self._all()):
+        """The newest whole checkpoint, None where there is none yet; `notify` hears of each broken one that is skipped.
+
+        Raises UserError where all are broken: to begin anew would delete what might still be mended.
+        """
+        every = self.ranks.from_main(self._all())
+        for path in every:
             problem = find_problem(path, self.ranks)
             if problem is None:
                 return Checkpoint(path=path, step=_step_of(path))
             notify(f"checkpoint {path} is broken ({problem}); skipped")
+        if every:
+            raise UserError(
+                f"resume: no checkpoint in {self.directory} is whole; restore one, or begin anew in another run.dir"
+            )
         return None
 
     def remove_after(self, step: int) -> None:

@@ -315,12 +315,16 @@ def test_a_run_goes_on_from_any_checkpoint_by_its_path(finished, tiny_qwen2, und
     assert_same_run(finished, undisturbed)
 
 
-def test_a_run_without_any_whole_checkpoint_begins_anew(finished, tiny_qwen2, undisturbed):
+def test_a_run_without_any_whole_checkpoint_is_refused_and_loses_nothing(finished, tiny_qwen2):
     for name in CHECKPOINTS:
         flip_a_byte(finished / "checkpoints" / name / "learner/learner.pt")
-    out = resume(tiny_qwen2).out
-    assert out.count(" is broken (learner/learner.pt is not what was written); skipped\n") == 3
-    assert_same_run(finished, undisturbed)
+    rows = (finished / "metrics.jsonl").read_bytes()
+    ended = fastgrpo(*settings(tiny_qwen2, "resume=auto"))
+    assert ended.out.count(" is broken (learner/learner.pt is not what was written); skipped\n") == 3
+    line = "resume: no checkpoint in run/checkpoints is whole; restore one, or begin anew in another run.dir"
+    assert (ended.code, ended.err) == (2, f"fastgrpo: {line}\n")
+    assert checkpoints(finished) == list(CHECKPOINTS)
+    assert (finished / "metrics.jsonl").read_bytes() == rows
 
 
 def test_other_data_is_refused_on_resume(finished, tiny_qwen2):
