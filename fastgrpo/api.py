@@ -42,9 +42,9 @@ def train(
     overrides: what one would write behind `fastgrpo train`, such as ["model.path=DIR", "train.num_steps=50"].
     Raises UserError, one line, for whatever can be mended.
     """
+    from fastgrpo import commands
     from fastgrpo.main import compose, value_of, with_run_dir, with_shorthands
     from fastgrpo.metrics import read_jsonl
-    from fastgrpo.run import run
 
     with tempfile.TemporaryDirectory() as directory:
         arguments = list(overrides)
@@ -58,7 +58,7 @@ def train(
             held_out = f"data.eval_size={int(HELD_OUT * len(rows))}"
             arguments = ["data=jsonl", f"data.path={path}", held_out, *answers, *arguments]
         config, text = compose("train", with_run_dir(with_shorthands(arguments)))
-        _, run_dir = run(config, text, reward=reward)
+        _, run_dir = commands.train(config, text, reward=reward)
     return TrainResult(run_dir=run_dir, metrics=read_jsonl(run_dir / "metrics.jsonl"))
 
 

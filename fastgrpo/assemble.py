@@ -31,11 +31,11 @@ from fastgrpo.learners import (
 )
 from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, tiny
-from fastgrpo.parts import Run
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import device_memory, make_plan
 from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.scoring import Rewards
+from fastgrpo.run import Run
 from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.samplers import check_router_replay, make_exchange, make_sampler
 from fastgrpo.types import LogprobContract, SamplingParams

@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastgrpo.metrics import Sample
+from fastgrpo.rollout import draw, score
+from fastgrpo.run import Run
+from fastgrpo.seeding import derive_seed
 from fastgrpo.stats import FAILURES
 from fastgrpo.types import ScoredGroup
 
 NUM_SHOWN = 8
 CORRECT = 1.0
 """A completion is right where the first reward function gives it at least this."""
+
+
+def evaluate_if_due(run: Run) -> dict[str, float]:
+    """Held-out metrics at step 0, every eval.every steps and at the end; empty otherwise."""
+    config, step = run.config.eval, run.step
+    if config.every == 0 or not run.eval_prompts or (step % config.every and step != run.config.train.num_steps):
+        return {}
+    return evaluate(run)
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Held-out metrics of the policy, on every rank."""
+    config = run.config.eval
+    params = replace(
+        run.sampling,
+        temperature=config.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=config.max_new_tokens or run.sampling.max_new_tokens,
+        return_routed_experts=False,
+    )
+    prompts, seed = run.eval_prompts[: config.num_prompts], derive_seed(run.config.seed, "eval")
+    with run.ledger("eval"), run.ledger.all_as("eval"):
+        groups, failures = score(run, draw(run, prompts, config.num_samples, params, seed))
+        metrics, shown = summarize(groups, failures, run.decode, run.step)
+    run.log_samples(shown)
+    return metrics
 
 
 def summarize(

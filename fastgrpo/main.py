@@ -185,24 +185,24 @@ def hydra_errors_in_one_line(schema: type = Config) -> Iterator[None]:
 
 
 def _train(config: Config, text: str) -> int:
-    from fastgrpo.run import run
+    from fastgrpo import commands
 
-    signum, _ = run(config, text)
+    signum, _ = commands.train(config, text)
     return 128 + signum if signum else 0
 
 
 def _evaluate(config: Config, text: str) -> int:
-    from fastgrpo.run import evaluate_only
+    from fastgrpo import commands
 
-    for name, value in evaluate_only(config).items():
+    for name, value in commands.evaluate(config).items():
         print(f"{name:<24}{value:.4f}")
     return 0
 
 
 def _plan(config: Config, text: str) -> int:
-    from fastgrpo.run import plan_only
+    from fastgrpo import commands
 
-    plan, lines = plan_only(config)
+    plan, lines = commands.plan(config)
     print(lines)
     return 0 if plan.fits else 1
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastgrpo import stats
 from fastgrpo.algorithms.advantages import is_constant
-from fastgrpo.parts import Run
+from fastgrpo.run import Run
 from fastgrpo.seeding import derive_seed
 from fastgrpo.types import Prompt, RolloutGroup, SamplingParams, ScoredGroup
 
@@ -59,8 +59,7 @@ def draw_in_rounds(run: Run, wanted: int, seed: int) -> list[RolloutGroup]:
 
 def draw(run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int) -> list[RolloutGroup]:
     """The prompts' groups, in their order, on every rank."""
-    with run.ledger("share"):
-        run.phases.enter("rollout")
+    run.enter("rollout")
     ranks = run.sampling_ranks
     with run.ledger("generate"):  # waiting for the slowest rank is part of generating
         mine: list[RolloutGroup] = []

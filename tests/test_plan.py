@@ -7,6 +7,7 @@ import torch
 from builders import ALL_CONFIGS, make_model, small_run, small_shape
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from fastgrpo import commands
 from fastgrpo.config import LoraConfig, UserError
 from fastgrpo.main import compose, with_shorthands
 from fastgrpo.models.activations import Kept
@@ -16,7 +17,6 @@ from fastgrpo.models.hf import prepare
 from fastgrpo.models.lora import add_adapters
 from fastgrpo.models.shape import Shape
 from fastgrpo.plan import Plan, advice, device_memory, device_to_plan_for, make_plan, table
-from fastgrpo.run import plan_only
 
 NUM_TOKENS = 256
 GB = 10**9
@@ -279,7 +279,7 @@ def test_adapters_that_are_loaded_are_counted_as_they_were_saved(tmp_path):
 
 def test_the_page_tells_the_step_and_the_memory(workplace, tiny_qwen2):
     config, _ = compose("plan", with_shorthands(small_run(tiny_qwen2)))
-    plan, page = plan_only(config)
+    plan, page = commands.plan(config)
     assert plan.fits
     assert "4 prompts x 4 completions = 16 sequences" in page
     rows = [line.split()[0] for line in page.split("\n\n")[1].splitlines()]

@@ -108,7 +108,7 @@ def resume(model: str, *more: str):
 
 # What dies where, and the step after which the next attempt goes on. Updates: two a step. Rows: one at step 0.
 MOMENTS = {
-    "in the first step": (partial(signal_at, "fastgrpo.trainer:improve", 1, KILL), None),
+    "in the first step": (partial(signal_at, "fastgrpo.trainer:update_policy", 1, KILL), None),
     "in a step's second update": (
         partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.update", 6, KILL),
         2,
@@ -154,7 +154,7 @@ BACKGROUND_MOMENTS = {
     "when a later step has named it": (
         partial(
             both,
-            partial(hold_saving, 2, "fastgrpo.trainer:improve", 6),
+            partial(hold_saving, 2, "fastgrpo.trainer:update_policy", 6),
             partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.begin_save", 3, KILL),
         ),
         4,
@@ -188,7 +188,7 @@ def test_a_failure_of_the_loop_leaves_no_half_checkpoint_behind(workplace, tiny_
     install = partial(
         both,
         partial(hold_saving, 2, "fastgrpo.checkpoint:Checkpoints.__exit__", 1),
-        partial(fail_at, "fastgrpo.trainer:improve", 5),
+        partial(fail_at, "fastgrpo.trainer:update_policy", 5),
     )
     ended = fastgrpo(*settings(tiny_qwen2, "checkpoint.background=true"), install=install)
     assert (ended.code, ended.err) == (2, "fastgrpo: a failure\n")
@@ -231,7 +231,7 @@ def test_a_signal_while_the_row_is_written_takes_one_step_more_and_saves_it(work
 
 
 def test_a_second_signal_ends_the_run_at_once(workplace, tiny_qwen2):
-    ended = fastgrpo(*settings(tiny_qwen2), install=partial(interrupt_twice, "fastgrpo.trainer:improve"))
+    ended = fastgrpo(*settings(tiny_qwen2), install=partial(interrupt_twice, "fastgrpo.trainer:update_policy"))
     assert (ended.code, ended.err) == (130, "stopped\n")
     assert [row["step"] for row in read_jsonl("run/metrics.jsonl")] == [0]
 
@@ -305,7 +305,7 @@ def test_a_finished_run_resumed_only_exports_again(finished, tiny_qwen2, undistu
 
 def test_a_run_goes_on_from_any_checkpoint_by_its_path(finished, tiny_qwen2, undisturbed):
     """Rows and checkpoints of the future that is given up go, so that a kill now could not bring them back."""
-    kill = partial(signal_at, "fastgrpo.trainer:improve", 1, KILL)
+    kill = partial(signal_at, "fastgrpo.trainer:update_policy", 1, KILL)
     arguments = [argument for argument in settings(tiny_qwen2) if argument != "run.dir=run"]
     ended = fastgrpo(*arguments, "resume=run/checkpoints/step-000002", install=kill)
     assert ended.code == -KILL

@@ -13,17 +13,18 @@ import pytest
 import torch
 from builders import make_groups, save_tiny_model, small_run
 
+from fastgrpo import commands
 from fastgrpo.assemble import assemble
 from fastgrpo.config import UserError
 from fastgrpo.help import group_choices
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
+from fastgrpo.minibatch import add_logprobs, make_minibatch
 from fastgrpo.ranks import join_job
-from fastgrpo.run import evaluate_only
 from fastgrpo.samplers import make_sampler
 from fastgrpo.signals import StopRequest
-from fastgrpo.trainer import annotate, lay_out, relate, train
+from fastgrpo.trainer import compute_advantages, train
 
 PARTS = ("generate", "reward", "logprobs", "update", "share", "checkpoint", "eval", "other")
 
@@ -253,7 +254,7 @@ def test_overlong_completions_lose_reward_evenly_over_the_buffer(workplace, tiny
     """Buffer 2 of 6 tokens, penalty 0.5: nothing up to 4, 0.25 at 5, 0.5 at 6."""
     more = ["algorithm.overlong_buffer=2", "algorithm.overlong_penalty=0.5", "algorithm.advantage=mean"]
     with assembled(*small_run(tiny_qwen2, *more)) as run:
-        (group,) = relate(run, [rewarded([1, 4, 5, 6], [1.0, 1.0, 1.0, 1.0])])
+        (group,) = compute_advantages(run, [rewarded([1, 4, 5, 6], [1.0, 1.0, 1.0, 1.0])])
     assert group.rewards.tolist() == [1.0, 1.0, 0.75, 0.5]
     assert group.advantages.tolist() == [0.1875, 0.1875, -0.0625, -0.3125]
 
@@ -263,7 +264,7 @@ def test_truncated_completions_stay_in_the_baseline_but_carry_no_loss(workplace,
     for mask, kept in ((False, [0, 1, 2]), (True, [0, 1])):
         more = [f"algorithm.mask_truncated={mask}", "algorithm.advantage=mean", f"run.dir=run-{mask}"]
         with assembled(*small_run(tiny_qwen2, *more)) as run:
-            (batch,) = lay_out(run, relate(run, groups))
+            (batch,) = make_minibatch(run, compute_advantages(run, groups))
         assert batch.sequence_ids.tolist() == kept
         first = batch.cu_scored[:-1]
         assert batch.advantages[first].tolist() == [1.0, 0.0, -1.0][: len(kept)]  # less the mean over all three
@@ -302,7 +303,7 @@ def test_an_evaluation_moves_out_an_optimizer_that_is_there(kind, offload, monke
 
     monkeypatch.setattr("fastgrpo.assemble.assemble", stop)
     with pytest.raises(StoppedError, match=offload):
-        evaluate_only(compose("eval", [f"learner={kind}"])[0])
+        commands.evaluate(compose("eval", [f"learner={kind}"])[0])
 
 
 IMPORTANCE = {  # old - sampler is 0.25 at every token; two and five tokens; capped at 3
@@ -315,9 +316,9 @@ IMPORTANCE = {  # old - sampler is 0.25 at every token; two and five tokens; cap
 def test_importance_weights_are_of_a_token_or_of_its_sequence(level, workplace, tiny_qwen2):
     more = [f"algorithm.importance_level={level}", "algorithm.importance_cap=3"]
     with assembled(*small_run(tiny_qwen2, *more)) as run:
-        (batch,) = lay_out(run, relate(run, [rewarded([2, 5], [1.0, 0.0])]))
+        (batch,) = make_minibatch(run, compute_advantages(run, [rewarded([2, 5], [1.0, 0.0])]))
         policy = run.learner.logprobs(batch, temperature=1.0)
-        (batch,) = annotate(run, [replace(batch, sampler_logprobs=policy - 0.25)])
+        (batch,) = add_logprobs(run, [replace(batch, sampler_logprobs=policy - 0.25)])
     assert torch.equal(batch.old_logprobs, policy)
     torch.testing.assert_close(batch.importance_weights, torch.tensor(IMPORTANCE[level]), atol=1e-5, rtol=1e-5)
 

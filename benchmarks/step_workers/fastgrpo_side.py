@@ -1,4 +1,4 @@
-"""Our side: the product's own entry point and loop, fastgrpo.run.run and fastgrpo.trainer.train.
+"""Our side: the product's own entry point and loop, fastgrpo.commands.train and fastgrpo.trainer.train.
 
 The loop is stopped at the border of every step through the console, the last thing it calls in a step.
 """
@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import fastgrpo.run
+import fastgrpo.commands
 from fastgrpo import trainer
 from fastgrpo.config import (
     AlgorithmConfig,
@@ -27,8 +27,8 @@ from fastgrpo.config import (
     SamplingConfig,
     TrainConfig,
 )
+from fastgrpo.run import Run
 from fastgrpo.signals import StopRequest
-from fastgrpo.trainer import Run
 from step_workers.case import Case, EvenShare
 from step_workers.gate import Gate
 
@@ -78,20 +78,20 @@ def run(case: Case, gate: Gate, sampler: str = "torch") -> None:
     """Train until the gate says stop."""
     reward, loop = EvenShare(), trainer.train
 
-    def gated(parts: Run, stop: StopRequest) -> None:
-        counting = CountingLearner(parts.learner)
-        parts.learner = counting
-        parts.console = GatedConsole(parts, gate, reward, counting)
-        loop(parts, stop)
+    def gated(run: Run, stop: StopRequest) -> None:
+        counting = CountingLearner(run.learner)
+        run.learner = counting
+        run.console = GatedConsole(run, gate, reward, counting)
+        loop(run, stop)
 
     run_with(gated, configuration(case, sampler), reward.fastgrpo)
 
 
 def run_with(loop: Callable[[Run, StopRequest], None], config: Config, reward: Callable[..., list[float]]) -> None:
-    """fastgrpo.run.run, what `fastgrpo train` calls, with `loop` called where it calls fastgrpo.trainer.train."""
+    """What `fastgrpo train` calls, fastgrpo.commands.train, with `loop` in the place of fastgrpo.trainer.train."""
     product, trainer.train = trainer.train, loop
     try:
-        fastgrpo.run.run(config, "", reward)
+        fastgrpo.commands.train(config, "", reward)
     finally:
         trainer.train = product
 
@@ -116,8 +116,8 @@ class CountingLearner:
 class GatedConsole:
     """Stands where the run's console is: the loop calls it with every step's row, and once before the first."""
 
-    def __init__(self, parts: Run, gate: Gate, reward: EvenShare, learner: CountingLearner) -> None:
-        self._ledger, self._gate, self._reward, self._learner = parts.ledger, gate, reward, learner
+    def __init__(self, run: Run, gate: Gate, reward: EvenShare, learner: CountingLearner) -> None:
+        self._ledger, self._gate, self._reward, self._learner = run.ledger, gate, reward, learner
 
     def step(self, row: Mapping[str, Any]) -> None:
         completion_tokens = self._reward.take_count()

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.trainer import collect, lay_out, relate
+from fastgrpo.minibatch import make_minibatch
+from fastgrpo.rollout import collect
+from fastgrpo.trainer import compute_advantages
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -94,7 +96,7 @@ def test_the_gradient_is_trls(case):
 
     def one_step(run, _):
         run.step = 1
-        groups.extend(relate(run, collect(run)[0]))
+        groups.extend(compute_advantages(run, collect(run)[0]))
         ours.update(gradients_of_an_update(run, groups))
         raise Finished  # before anything is exported
 
@@ -128,7 +130,7 @@ def gradients_of_an_update(run, groups) -> dict[str, torch.Tensor]:
         return torch.tensor(1.0)
 
     run.learner.optimizer.clip_grad_norm = note
-    run.learner.update(lay_out(run, groups), run.objective)
+    run.learner.update(make_minibatch(run, groups), run.objective)
     return found
 
 

@@ -7,6 +7,7 @@ import torch
 from builders import CONFIGS, RAGGED, REWARDS, make_groups, make_model, small_run
 from transformers import AutoModelForCausalLM
 
+from fastgrpo import commands
 from fastgrpo.config import LoraConfig, TrainConfig, UserError
 from fastgrpo.data.packing import Sequence, pack
 from fastgrpo.kernels.objective import Objective
@@ -16,7 +17,6 @@ from fastgrpo.metrics import read_jsonl
 from fastgrpo.models.hf import load_model, prepare
 from fastgrpo.models.lora import add_adapters, add_to_skeleton
 from fastgrpo.models.storage import fused
-from fastgrpo.run import evaluate_only, run
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 OBJECTIVE = Objective(kl_coef=0.1)
@@ -168,7 +168,7 @@ def test_merged_matrices_follow_the_adapters_in_fused_memory(kind):
 
 def trained(model, *more):
     config, text = compose("train", with_shorthands(small_run(model, "run.console=none", *more)))
-    assert run(config, text)[0] is None
+    assert commands.train(config, text)[0] is None
     return config
 
 
@@ -182,7 +182,7 @@ def test_a_run_exports_what_peft_and_the_next_run_load(workplace, tiny_qwen2):
     options = [f"model.path={tiny_qwen2}", f"model.lora.path={workplace}/run/hf", "data=arithmetic"]
     more = ["data.eval_size=4", "data.num_problems=40", "sampling.max_new_tokens=6", f"reward.path={REWARDS}:varied"]
     config, _ = compose("eval", with_shorthands([*options, *more]))
-    found, last = evaluate_only(config), read_jsonl("run/metrics.jsonl")[-1]
+    found, last = commands.evaluate(config), read_jsonl("run/metrics.jsonl")[-1]
     assert found
     assert all(last[name] == value for name, value in found.items())
     second = trained(tiny_qwen2, f"model.lora.path={workplace}/run/hf", "run.dir=more", "train.num_steps=1")

@@ -11,9 +11,9 @@ import torch
 from builders import save_tiny_model, small_run
 from safetensors.torch import load_file
 
+from fastgrpo import commands
 from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
-from fastgrpo.run import run
 
 
 def torchrun(directory: Path, *command: str, processes: int = 2) -> subprocess.CompletedProcess:
@@ -90,7 +90,7 @@ def test_fresh_adapters_train_as_in_a_run_of_the_torch_learner(workplace):
     model = save_tiny_model(workplace / "model", "qwen3")
     options = ["model.lora.rank=4", "train.learning_rate=0.02", "algorithm.kl_coef=0.05", "run.console=none"]
     config, text = compose("train", with_shorthands(small_run(model, *options, "run.dir=torch")))
-    assert run(config, text)[0] is None
+    assert commands.train(config, text)[0] is None
     cut = small_run(model, *options, "learner=megatron", "learner.tp=2")
     job = torchrun(workplace, "-m", "fastgrpo", "train", *cut)
     assert job.returncode == 0, job.stderr[-4000:]

@@ -47,7 +47,7 @@ def test_a_killed_run_with_vllm_resumes_bit_for_bit(workplace, model):
     ended = fastgrpo(*settings(model))
     assert (ended.code, ended.err) == (0, "")
     shutil.move("run", "undisturbed")
-    kill = partial(signal_at, "fastgrpo.trainer:improve", 3, signal.SIGKILL)
+    kill = partial(signal_at, "fastgrpo.trainer:update_policy", 3, signal.SIGKILL)
     assert fastgrpo(*settings(model), install=kill).code == -signal.SIGKILL
     assert fastgrpo(*settings(model, "resume=auto")).code == 0
     run, undisturbed = workplace / "run", workplace / "undisturbed"

@@ -1,0 +1,157 @@
+"""What `fastgrpo train`, `eval` and `plan` do with a configuration."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgrpo.config import Config, UserError
+from fastgrpo.validate import validate
+
+if TYPE_CHECKING:
+    from fastgrpo.plan import Plan
+
+
+def train(config: Config, text: str, reward: Callable[..., Any] | None = None) -> tuple[int | None, Path]:
+    """Train, export and report. Returns the signal that stopped the run early, or None, and the run's directory.
+
+    text: the resolved configuration as YAML, kept as run.dir/config.yaml. Raises UserError for what the user can mend.
+    """
+    warnings = validate(config)
+    from safetensors import SafetensorError
+
+    from fastgrpo import trainer
+    from fastgrpo.assemble import assemble
+    from fastgrpo.ranks import join_job
+    from fastgrpo.report import write_report
+    from fastgrpo.signals import StopRequest
+
+    ranks = join_job()
+    # The default holds the time, which is not the same on every rank.
+    config = replace(config, run=replace(config.run, dir=ranks.from_main(config.run.dir)))
+    run_dir = Path(config.run.dir).expanduser()
+    mine = _claimed(run_dir, config) if ranks.is_main else nullcontext()
+    with mine, assemble(config, ranks, reward) as run:
+        for warning in warnings:
+            run.console.message(f"warning: {warning}")
+        try:
+            if ranks.is_main:
+                _point_latest_to(run_dir)
+                (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+            with StopRequest(run.console.message) as stop:
+                trainer.train(run, stop)
+            if stop.signum is None and config.checkpoint.export:
+                run.export(run_dir / "hf")
+            if not ranks.is_main:
+                return stop.signum, run_dir
+            page = write_report(run_dir)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"run.dir={config.run.dir}: {error}; make room or mend the disk, then go on with resume=auto "
+                "(checkpoints written before are whole)"
+            ) from error
+        if stop.signum is None:
+            policy = f"the policy is in {run_dir / 'hf'}, " if config.checkpoint.export else ""
+            run.console.message(f"done: {policy}the report in {page}")
+        else:
+            run.console.message(f"stopped after step {run.step}, saved; go on with run.dir={run_dir} resume=auto")
+    return stop.signum, run_dir
+
+
+def evaluate(config: Config) -> dict[str, float]:
+    """Held-out metrics of model.path, as a run with this configuration would measure them; {} but on the main rank.
+
+    Raises UserError for what the user can mend.
+    """
+    validate(config)
+    from fastgrpo import evaluate as evaluation
+    from fastgrpo.assemble import assemble
+    from fastgrpo.ranks import join_job
+    from fastgrpo.trainer import share
+
+    # Nothing is ever learned; but Megatron's gradients and optimizer are there all the same.
+    offload = "never" if config.learner.kind == "torch" else config.learner.offload
+    config = replace(
+        config,
+        resume="no",
+        run=replace(config.run, console="none"),
+        algorithm=replace(config.algorithm, kl_coef=0.0),  # no reference model
+        learner=replace(config.learner, offload=offload),
+    )
+    ranks = join_job()
+    with assemble(config, ranks, only_evaluates=True) as run:
+        share(run)
+        metrics = evaluation.evaluate(run)
+    return metrics if ranks.is_main else {}
+
+
+def plan(config: Config) -> tuple[Plan, str]:
+    """What a run would do and hold, and the same as a page of text. Raises UserError for what the user can mend."""
+    learner = config.learner
+    fewest = math.lcm(math.lcm(learner.tp, learner.ep) * learner.cp * learner.pp, config.sampler.tp)
+    num_ranks = config.cluster.num_ranks or fewest
+    validate(config, num_ranks)
+    from fastgrpo.assemble import load_data
+    from fastgrpo.batch_algebra import batch_algebra
+    from fastgrpo.learners import check_layout, config_of_model
+    from fastgrpo.models.shape import Shape
+    from fastgrpo.plan import device_to_plan_for, make_plan, table
+
+    tokenizer, prompts = load_data(config)
+    model_config = config_of_model(config, tokenizer)
+    check_layout(config, model_config, num_ranks)
+    device_bytes, on_gpu = device_to_plan_for(config)
+    plan = make_plan(
+        config,
+        model_config,
+        device_bytes=device_bytes,
+        on_gpu=on_gpu,
+        longest_prompt=prompts.max_tokens,
+        num_ranks=num_ranks,
+    )
+    model = f"{model_config.model_type}, {Shape.of(model_config).num_parameters() / 1e6:.1f}M parameters"
+    lines = batch_algebra(config, prompts, num_ranks, model, model_config)
+    algebra = "\n".join(f"{label:<14}{value}" for label, value in lines)
+    return plan, f"{algebra}\n\n{table(plan)}"
+
+
+@contextmanager
+def _claimed(run_dir: Path, config: Config) -> Iterator[None]:
+    """Make the run's directory, if it can be written and is nobody else's, and keep it for the block."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK):
+            raise PermissionError("not writable")
+        directory = os.open(run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"run.dir={config.run.dir}: cannot be written: {error}; choose another") from error
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            _lock(directory, config)
+        if config.resume == "no" and (run_dir / "metrics.jsonl").exists():
+            raise UserError(f"run.dir={config.run.dir} holds a run already: set resume=auto or another run.dir")
+        yield
+    finally:
+        os.close(directory)  # which unlocks it, as a kill does
+
+
+def _lock(directory: int, config: Config) -> None:
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"run.dir={config.run.dir}: another process trains there; stop it or choose another") from None
+
+
+def _point_latest_to(run_dir: Path) -> None:
+    runs = Path("runs").resolve()
+    if runs in run_dir.resolve().parents:
+        link, fresh = runs / "latest", runs / ".latest"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(run_dir.resolve().relative_to(runs))
+        fresh.replace(link)

@@ -1,0 +1,82 @@
+"""From scored groups to the packed batches that an update learns from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastgrpo.algorithms.advantages import token_advantages
+from fastgrpo.algorithms.aggregation import token_weights
+from fastgrpo.algorithms.importance import importance_weights
+from fastgrpo.data import packing
+from fastgrpo.run import Run
+from fastgrpo.types import PackedBatch, ScoredGroup
+
+
+def make_minibatch(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch] | None:
+    """One mini-batch as this data rank's micro-batches: token weights from its global counts, then packed within the
+    token budget and dealt by size. None, on every rank alike, where no completion carries any loss."""
+    config, ranks = run.config, run.learner.ranks
+    rollouts = [rollout for group in groups for rollout in group.group.rollouts]
+    cut = config.algorithm.mask_truncated
+    masks = [r.loss_mask & (not (cut and r.finish_reason == "length")) for r in rollouts]
+    weights_of = token_weights(masks, config.algorithm.aggregation, max_new_tokens=run.sampling.max_new_tokens)
+    members = [(number, group, i) for number, group in enumerate(groups) for i in range(len(group.rewards))]
+    sequences = [
+        packing.Sequence(
+            sequence_id=sequence_id,
+            group_id=number,
+            prompt_ids=group.group.prompt.token_ids,
+            token_ids=group.group.rollouts[i].token_ids,
+            advantages=token_advantages(group, i),
+            token_weights=weights_of[sequence_id],
+            sampler_logprobs=group.group.rollouts[i].sampler_logprobs,
+            prompt_routed_experts=group.group.prompt_routed_experts,
+            routed_experts=group.group.rollouts[i].routed_experts,
+        )
+        for sequence_id, (number, group, i) in enumerate(members)
+    ]
+    budget = config.learner.max_tokens_per_microbatch
+    if ranks.num_data_ranks > 1:  # smaller ones where that lets every rank have some
+        budget = min(budget, packing.fair_budget(sequences, ranks.num_data_ranks))
+    batches = packing.pack(sequences, max_tokens=budget, share_prompts=config.learner.share_prompts)
+    if not batches:
+        return None
+    shares = ranks.deal(batches, cost=lambda batch: batch.num_tokens)
+    mine = shares[ranks.data_rank]
+    missing = max(map(len, shares)) - len(mine) if ranks.in_step else 0
+    return mine + [PackedBatch.empty()] * missing
+
+
+def add_logprobs(run: Run, batches: list[PackedBatch]) -> list[PackedBatch]:
+    """The batches with the logprobs that their objective needs from before the update, and no forward pass more.
+
+    On-policy the current logprobs are the old ones, so only a reference or an importance weight costs a pass.
+    """
+    learner, temperature = run.learner, run.objective.temperature
+    on_policy = run.config.train.updates_per_step == 1
+    corrects = run.config.algorithm.importance_level != "none"
+    if not on_policy or corrects:
+        found = learner.logprobs_of(batches, temperature=temperature)
+        batches = [replace(batch, old_logprobs=old) for batch, old in zip(batches, found, strict=True)]
+    if corrects:
+        batches = [add_importance(run, batch) if batch.num_scored else batch for batch in batches]
+    if run.objective.kl_coef > 0:
+        found = learner.logprobs_of(batches, temperature=temperature, reference=True)
+        batches = [replace(batch, ref_logprobs=reference) for batch, reference in zip(batches, found, strict=True)]
+    return batches
+
+
+def add_importance(run: Run, batch: PackedBatch) -> PackedBatch:
+    """The batch with the weights that correct for the sampler's probabilities."""
+    algorithm = run.config.algorithm
+    assert batch.old_logprobs is not None
+    weight = importance_weights(
+        batch.old_logprobs,
+        batch.sampler_logprobs,
+        batch.cu_scored,
+        level=algorithm.importance_level,
+        mode=algorithm.importance_mode,
+        floor=algorithm.importance_floor,
+        cap=algorithm.importance_cap,
+    )
+    return replace(batch, importance_weights=weight)
