@@ -32,7 +32,7 @@ from fastgrpo.learners import (
 from fastgrpo.metrics import Ledger, MetricsLog
 from fastgrpo.models import hf, tiny
 from fastgrpo.phases import Phase, Phases
-from fastgrpo.plan import device_memory, make_plan
+from fastgrpo.plan import Plan, device_memory, make_plan
 from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.run import Run
@@ -157,15 +157,7 @@ def assemble(
         # What is quick to find wrong comes first: functions, then data, then weights.
         rewards = stack.enter_context(Rewards(config.reward, reward))
         tokenizer, prompts = load_data(config)
-        if only_evaluates and not prompts.eval:
-            raise UserError(
-                f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
-                "data.eval_path"
-            )
-        model_config = config_of_model(config, tokenizer)
-        check_layout(config, model_config, ranks.num_ranks)
-        check_router_replay(config, model_config)
-        check_tokens(config, tokenizer, prompts, model_config.vocab_size)
+        check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=only_evaluates)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
@@ -175,38 +167,25 @@ def assemble(
             state = restore(checkpoint, learner, stream, unfinished, prompts)
             unfinished.check_routed_experts(config.learner.router_replay)
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
-        device = device_of(config)[0]
-        plan = make_plan(
-            config,
-            model.config,
-            device_bytes=device_memory(device),
-            on_gpu=device != "cpu",
-            longest_prompt=prompts.max_tokens,
-            num_ranks=ranks.num_ranks,
-        )
+        plan = plan_memory(config, model.config, prompts, ranks)
         if plan.offload:
             learner.offload()  # before the sampler takes what the plan says is left then
         sampler, sampling_ranks = make_sampler(config, learner, model, adapters, prompts, plan, console.message)
         if sampler is not None:
             stack.push(partial(_close, sampler, ranks))
         exchange = make_exchange(config, learner, sampler, prompts, console.message)
-        planned: dict[Phase, int] = {"train": plan.train, "rollout": plan.rollout} if plan.on_gpu else {}
         sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))
         assert contract is not None  # the main rank samples
         check_contract(contract, objective)
-        described = describe(model, device)
-        console.banner(
-            config.run.name, batch_algebra(config, prompts, learner.ranks.num_ranks, described, model.config)
-        )
+        described = describe(model, device_of(config)[0])
+        console.banner(config.run.name, batch_algebra(config, prompts, ranks.num_ranks, described, model.config))
         # Nothing can be refused any more, so what a resumed run begins anew may go.
         if config.resume != "no":
             checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
         log = None
         if ranks.is_main and not only_evaluates:
-            # resume=auto on a run that was killed before its first checkpoint keeps no row.
-            resume_step = state["step"] if checkpoint else -1 if config.resume != "no" else None
-            log = stack.enter_context(open_log(config, run_dir, resume_step, console.message))
+            log = stack.enter_context(open_log(config, run_dir, state["step"] if checkpoint else None, console.message))
         stack.enter_context(console)
         run = Run(
             config=config,
@@ -222,7 +201,7 @@ def assemble(
             sampler=sampler,
             sampling_ranks=sampling_ranks,
             exchange=exchange,
-            phases=Phases(learner, sampler, offload=plan.offload, planned=planned),
+            phases=Phases(learner, sampler, offload=plan.offload, planned=planned_bytes(plan)),
             rewards=rewards if sampling_ranks.leads else None,
             log=log,
             console=console,
@@ -234,6 +213,37 @@ def assemble(
         )
         yield run
         run.phases.enter("rollout")  # an engine is closed awake, and needs the room that it had
+
+
+def check_model(config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, *, needs_eval_prompts: bool) -> None:
+    """Raise UserError where model, layout, tokenizer and prompts do not go together, before weights are read."""
+    if needs_eval_prompts and not prompts.eval:
+        raise UserError(
+            f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
+            "data.eval_path"
+        )
+    model_config = config_of_model(config, tokenizer)
+    check_layout(config, model_config, ranks.num_ranks)
+    check_router_replay(config, model_config)
+    check_tokens(config, tokenizer, prompts, model_config.vocab_size)
+
+
+def plan_memory(config: Config, model_config: Any, prompts: PromptSets, ranks: Ranks) -> Plan:
+    """What this run will hold on this machine's device."""
+    device = device_of(config)[0]
+    return make_plan(
+        config,
+        model_config,
+        device_bytes=device_memory(device),
+        on_gpu=device != "cpu",
+        longest_prompt=prompts.max_tokens,
+        num_ranks=ranks.num_ranks,
+    )
+
+
+def planned_bytes(plan: Plan) -> dict[Phase, int]:
+    """What the phases are expected to hold; nothing of a CPU, whose memory is not counted by the device."""
+    return {"train": plan.train, "rollout": plan.rollout} if plan.on_gpu else {}
 
 
 def _close(sampler: Sampler, ranks: Ranks, failure: type[BaseException] | None, *_: object) -> None:
@@ -257,12 +267,13 @@ def restore(
     return state
 
 
-def open_log(config: Config, run_dir: Path, resume_step: int | None, notify: Callable[[str], None]) -> MetricsLog:
-    """The run's metrics.jsonl and trackers."""
+def open_log(config: Config, run_dir: Path, step: int | None, notify: Callable[[str], None]) -> MetricsLog:
+    """The run's metrics.jsonl and trackers, going on after `step`; None: there was no checkpoint to go on from."""
+    nothing_kept = -1 if config.resume != "no" else None  # killed before its first checkpoint; or a new run
     return MetricsLog(
         run_dir,
         config.run.trackers,
-        resume_step=resume_step,
+        resume_step=nothing_kept if step is None else step,
         run_name=config.run.name,
         config=asdict(config),
         notify=notify,
