@@ -41,6 +41,7 @@ from scenario import (
 
 from fastgrpo.config import UserError
 from fastgrpo.kernels import chunks
+from fastgrpo.kernels.chunks import ChunkRows
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.megatron import convert, head, parallel
 from fastgrpo.learner.megatron.architecture import Architecture
@@ -408,7 +409,8 @@ def head_collectives(_: Path) -> dict[str, Any]:
         batch = prepare(batches_of(True), place, torch.device("cpu"))[0].batch
         batch = replace(batch, ref_logprobs=batch.sampler_logprobs)
         hidden = torch.randn(batch.num_tokens // (2 if layout.sp else 1), 1, architecture.hidden_size)
-        with megatron_on_cpu(), patch.object(chunks, "chunk_size", lambda *_: 8), Collectives() as collectives:
+        eight_rows = patch.object(chunks, "chunk_rows", lambda *_, **__: ChunkRows(logits=8, gradients=8))
+        with megatron_on_cpu(), eight_rows, Collectives() as collectives:
             stand_in = SimpleNamespace(head_weight=weight, architecture=architecture)
             output = head.policy_loss(stand_in, hidden.requires_grad_(), batch, OBJECTIVE, place)
             output.loss.backward()
