@@ -12,7 +12,6 @@ from fastgrpo.config import UserError
 from fastgrpo.models.shape import Shape
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-# A shard of the vocabulary is a multiple of 64 rows / TP: aligned for the head's GEMM, and vLLM's own padding.
 
 
 @dataclass(frozen=True, kw_only=True)
