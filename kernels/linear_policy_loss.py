@@ -75,7 +75,6 @@ def _run(
         batch,
         objective,
         shard,
-        chunk_size=call.rows.logits,
         entropy=call.entropy,
         finite=True,
         gradient=need_hidden or need_weight,

@@ -1,7 +1,6 @@
 """What the loss head is asked to compute, what it is given, and what it returns.
 
-Every path (reference, Triton, tensor-parallel) takes these three dataclasses, so a path that
-cannot express an objective can say so by name instead of computing another one.
+Every path (reference, torch, Triton, tensor-parallel) takes these three dataclasses and computes every objective.
 
 Letters: T scored tokens, S sequences, H hidden size, V vocabulary (or its local shard).
 """
@@ -19,10 +18,6 @@ RATIO_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 # |log-ratio| is clamped before exp so that one drifted token cannot overflow the loss: e^20 = 4.9e8.
 MAX_LOG_RATIO = 20.0
-
-
-class UnsupportedObjectiveError(ValueError):
-    """Raised by a path that cannot compute the given objective exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)

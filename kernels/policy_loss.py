@@ -49,7 +49,6 @@ class _PolicyLoss(torch.autograd.Function):
             batch,
             objective,
             VocabShard.of(logits.shape[1], None, None),
-            chunk_size=head.chunk_size,
             entropy=entropy,
             finite=False,
             gradient=gradient,

@@ -48,7 +48,6 @@ def walk(
     objective: Objective,
     shard: VocabShard,
     *,
-    chunk_size: int,
     entropy: bool,
     finite: bool,
     gradient: bool,
@@ -66,7 +65,7 @@ def walk(
     if objective.ratio_level == "sequence":
         assert batch.cu_seqlens is not None
         bounds = batch.cu_seqlens.tolist()
-    for unit in plan_units(head.num_rows, chunk_size, bounds):
+    for unit in plan_units(head.num_rows, head.chunk_size, bounds):
         whole = (unit[0][0], unit[-1][1])
         if len(unit) == 1:
             tile = head.logits(whole)

@@ -25,6 +25,11 @@ def learning_rate(config: TrainConfig, update: int, num_updates: int) -> float:
     return config.learning_rate * (floor + (1.0 - floor) * shape[config.lr_schedule])
 
 
+def move_towards(theirs: list[Tensor], ours: list[Tensor], share: float) -> None:
+    """theirs += share * (ours - theirs), in place."""
+    torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
+
+
 class Optimizer:
     """AdamW with weight decay on matrices only, gradients accumulated and weights kept in float32.
 

@@ -21,7 +21,7 @@ from fastgrpo.learner.host_memory import HostMemory
 from fastgrpo.learner.loss_inputs import loss_inputs
 from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.offload import Offload
-from fastgrpo.learner.optimizer import Optimizer, learning_rate
+from fastgrpo.learner.optimizer import Optimizer, learning_rate, move_towards
 from fastgrpo.learner.protocol import PendingSave
 from fastgrpo.learner.routers import watch_routers
 from fastgrpo.models import storage
@@ -155,7 +155,7 @@ class TorchLearner:
             return
         theirs: list[Tensor] = list(self.reference.parameters())
         ours: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
+        move_towards(theirs, ours, share)
 
     def offload(self) -> None:
         """See Learner.offload."""

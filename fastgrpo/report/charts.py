@@ -46,7 +46,6 @@ class Chart:
     kind: str = "real"
     """How values are written: see series.show."""
     from_zero: bool = True
-    note: str = ""
     calm: bool = True
     """Draw the smoothed course of a long series; not for what has no noise."""
     stacked: bool = False
@@ -87,7 +86,7 @@ def render(chart: Chart, buckets: Buckets) -> str:
     x, y = x_axis(buckets), _y_axis(chart, buckets)
     window = smoothing_window(len(buckets.groups)) if chart.calm else 1
     marks = _stack(chart.lines, buckets, x, y) if chart.stacked else _lines(chart.lines, buckets, x, y, window)
-    notes = "; ".join(note for note in [chart.note, *y.notes] if note)
+    notes = "; ".join(y.notes)
     y_ticks = ticks(y.low, y.high)
     x_ticks = [tick for tick in ticks(x.low, x.high, 5) if tick == int(tick)]
     grid = "".join(f'<path class="grid" d="M0 {y(tick)}H{WIDTH}"/>' for tick in y_ticks)

@@ -51,6 +51,19 @@ def test_dtypes_in_chunks(name, backend, dtype):
 
 
 @pytest.mark.parametrize("name", ["clip higher", "clip, sequence (GSPO)"])
+def test_a_narrow_tile_costs_what_the_docs_say(name):
+    """docs/kernels.md: a logit of up to 28, rounded to bfloat16, puts a logprob off by up to 4e-2."""
+    objective = verify.OBJECTIVES[name]
+    case = case_for(objective, torch.bfloat16)
+    assert verify.max_logit(case) < 28
+    errors = verify.check_linear_policy_loss(case, objective, backend="triton", logits_dtype=torch.bfloat16)
+    wide = verify.check_linear_policy_loss(case, objective, backend="triton")
+    assert wide["logprobs"] < errors["logprobs"] <= 4e-2
+    assert errors["dweight"] <= 4e-2
+    assert errors["dhidden"] <= 4e-2
+
+
+@pytest.mark.parametrize("name", ["clip higher", "clip, sequence (GSPO)"])
 def test_strips_of_logits_share_their_gemms(name, monkeypatch):
     """Logits of 3 rows at a time, the GEMMs behind them for up to 7 rows, as on a GPU that is given no chunk size."""
     monkeypatch.setattr(chunks, "chunk_rows", lambda *_, **__: ChunkRows(logits=3, gradients=7))

@@ -37,7 +37,7 @@ from fastgrpo.learner.megatron.optimizer import Optimizer
 from fastgrpo.learner.megatron.sums import reduce_sums
 from fastgrpo.learner.metrics import LossSums
 from fastgrpo.learner.offload import Offload
-from fastgrpo.learner.optimizer import learning_rate
+from fastgrpo.learner.optimizer import learning_rate, move_towards
 from fastgrpo.learner.protocol import PendingSave
 from fastgrpo.models.lora import Adapters
 from fastgrpo.types import PackedBatch, StepResult, WeightSlice
@@ -260,7 +260,7 @@ class MegatronLearner:
         if self.reference is None or share == 0.0:
             return
         theirs, ours = ([p for chunk in chunks for p in chunk.parameters()] for chunks in (self.reference, self.policy))
-        torch._foreach_lerp_(theirs, ours, share) if share < 1.0 else torch._foreach_copy_(theirs, ours)
+        move_towards(theirs, ours, share)
 
     def begin_save(self, directory: Path, *, copy: bool = False) -> PendingSave:
         """See Learner.begin_save and sharded_checkpoint: every layout can load it. Megatron's files are written from
