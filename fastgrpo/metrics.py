@@ -1,26 +1,25 @@
-"""What a run records: the step-time ledger, metrics.jsonl, samples.jsonl and the trackers.
+"""What a run records: the step-time ledger, metrics.jsonl and samples.jsonl.
 
 metrics.jsonl holds one JSON object a step, samples.jsonl one a completion. Both are the truth from which report.html
-is made; TensorBoard, wandb and mlflow receive copies. A float that is not finite is written as null: the key says
+is made; trackers (trackers.py) receive copies. A float that is not finite is written as null: the key says
 that it was measured, the file stays valid JSON, and a column read by pandas stays numeric.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from fastgrpo.config import UserError
+from fastgrpo.trackers import TRACKERS, check_trackers
 
 PARTS = ("generate", "reward", "logprobs", "update", "share", "checkpoint", "eval")
 """What a step's time is spent on; `other` is the rest."""
@@ -115,16 +114,6 @@ class Sample:
     """null: the report calls a reward >= 1 correct, <= 0 incorrect, and anything between neither."""
 
 
-class Tracker(Protocol):
-    """Somewhere else that a run's metrics go."""
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Record finite values of one step."""
-
-    def close(self) -> None:
-        """Send what is left."""
-
-
 class MetricsLog:
     """Appends to metrics.jsonl and samples.jsonl in run_dir and passes each step on to the trackers.
 
@@ -157,7 +146,7 @@ class MetricsLog:
                 keep_until(path, resume_step)
             elif path.exists() and path.stat().st_size:
                 raise UserError(f"run.dir={run_dir} holds a run already: set resume=auto or another run.dir")
-        self._trackers = {name: _TRACKERS[name](self.run_dir, resume_step, run_name, config) for name in names}
+        self._trackers = {name: TRACKERS[name](self.run_dir, resume_step, run_name, config) for name in names}
         self._metrics, self._samples = (open(path, "ab") for path in paths)  # noqa: SIM115
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -256,89 +245,3 @@ def _number(value: Any) -> float | int | None:
     if not isinstance(value, int | float):
         raise ValueError(f"a metric must be a number, got {value!r}")
     return value
-
-
-class _TensorBoard:
-    def __init__(self, run_dir: Path, resume_step: int | None, run_name: str, config: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        for key, value in row.items():
-            self._writer.add_scalar(key, value, step)
-        # Events of steps before a checkpoint are never written again, so they must not wait in a buffer.
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, run_dir: Path, resume_step: int | None, run_name: str, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        known = _known_run(run_dir, "wandb") if resume_step is not None else None
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "fastgrpo"),
-            name=run_name,
-            id=known,
-            resume="allow" if known else None,
-            dir=str(run_dir),
-            config=dict(config),
-        )
-        _remember_run(run_dir, "wandb", self._run.id)
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        # After a resume wandb drops steps that it has already; a repeated step has the same values.
-        self._run.log(dict(row), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Mlflow:
-    def __init__(self, run_dir: Path, resume_step: int | None, run_name: str, config: Mapping[str, Any]) -> None:
-        import mlflow
-
-        self._mlflow = mlflow
-        if "MLFLOW_EXPERIMENT_NAME" not in os.environ and "MLFLOW_EXPERIMENT_ID" not in os.environ:
-            mlflow.set_experiment("fastgrpo")
-        known = _known_run(run_dir, "mlflow") if resume_step is not None else None
-        run = mlflow.start_run(run_id=known, run_name=run_name)
-        _remember_run(run_dir, "mlflow", run.info.run_id)
-        # As a file: parameters are limited in number and length, and can never change in a resumed run.
-        mlflow.log_dict(dict(config), "config.yaml")
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics({key.replace("@", "_at_"): value for key, value in row.items()}, step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
-
-
-_TRACKERS: dict[str, Callable[[Path, int | None, str, Mapping[str, Any]], Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _Wandb,
-    "mlflow": _Mlflow,
-}
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Raise UserError for one that does not exist or is not installed."""
-    for name in names:
-        if name not in _TRACKERS:
-            raise UserError(f"run.trackers={name}: choose any of {', '.join(_TRACKERS)}")
-        if sys.modules.get(name) is None and importlib.util.find_spec(name) is None:
-            package = name if name == "tensorboard" else f"fastgrpo[{name}]"
-            raise UserError(f"run.trackers={name}: {name} is not installed; pip install {package}")
-
-
-def _known_run(run_dir: Path, tracker: str) -> str | None:
-    path = run_dir / f"{tracker}_run_id"
-    return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
-
-
-def _remember_run(run_dir: Path, tracker: str, run_id: str) -> None:
-    (run_dir / f"{tracker}_run_id").write_text(run_id + "\n", encoding="utf-8")

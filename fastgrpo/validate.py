@@ -10,7 +10,7 @@ from typing import Any
 
 from fastgrpo.config import Config, UserError
 from fastgrpo.help import all_keys
-from fastgrpo.metrics import check_trackers
+from fastgrpo.trackers import check_trackers
 
 
 def validate(config: Config, num_ranks: int | None = None) -> list[str]:

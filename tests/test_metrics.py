@@ -8,6 +8,7 @@ import pytest
 
 from fastgrpo.config import UserError
 from fastgrpo.metrics import Ledger, MetricsLog, Sample, read_jsonl
+from fastgrpo.trackers import TRACKERS
 
 
 class FakeClock:
@@ -218,7 +219,7 @@ def test_a_failing_tracker_does_not_end_the_run(tmp_path, monkeypatch):
             raise ConnectionError("no route to host")
 
     monkeypatch.setitem(sys.modules, "wandb", Away)
-    monkeypatch.setattr("fastgrpo.metrics._TRACKERS", {"wandb": Away})
+    monkeypatch.setitem(TRACKERS, "wandb", Away)
     notices = []
     with make_log(tmp_path, trackers=["wandb"], notify=notices.append) as log:
         log.write({"step": 1})

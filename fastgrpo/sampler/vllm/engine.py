@@ -1,24 +1,18 @@
 """One vLLM engine in this process: built on adopted weights, driven step by step, closed without a trace.
 
-Building one changes things that belong to the whole process (environment, random state, torch.set_num_threads, the
-default process group at the end); everything that can be put back is put back here.
+Building one changes things that belong to the whole process; process_state.py puts them back.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-import random
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from vllm import EngineArgs, ModelRegistry, RequestOutput, SamplingParams
@@ -31,6 +25,13 @@ from fastgrpo.models.shape import Shape
 from fastgrpo.sampler.vllm.adopt import LOAD_FORMAT, Adoption, adopting
 from fastgrpo.sampler.vllm.low_rank import Shapes
 from fastgrpo.sampler.vllm.pools import kept_allocator_settings, pools_outlive_tensors
+from fastgrpo.sampler.vllm.process_state import (
+    job_name,
+    kept_process_group,
+    kept_process_state,
+    shared_memory_names,
+    without_warnings,
+)
 from fastgrpo.types import WeightSlice
 
 SLACK_STEPS = 64
@@ -83,9 +84,9 @@ class Engine:
                 with (
                     kept_process_state(),
                     kept_allocator_settings(),
-                    _shared_memory_names(),
+                    shared_memory_names(),
                     adopting(self.adoption),
-                    _without_warnings(),
+                    without_warnings(),
                 ):
                     config = _engine_args(settings, directory, offered).create_engine_config()
                     # A part of the key under which compiled code is kept, and the directory is another one every time.
@@ -139,7 +140,7 @@ class Engine:
     def close(self) -> None:
         """Free everything; the process group stays where it was not vLLM's own."""
         self.adoption.model = None
-        with _kept_process_group() if self._group_is_ours else nullcontext(), pools_outlive_tensors():
+        with kept_process_group() if self._group_is_ours else nullcontext(), pools_outlive_tensors():
             if self._llm is None:  # a constructor that failed leaves vLLM's groups behind
                 parallel_state.cleanup_dist_env_and_memory()
             else:
@@ -150,7 +151,7 @@ class Engine:
                         core.wake_up()
                 core.shutdown()
                 del core
-        for file in glob.glob(f"/dev/shm/*{_job()}-*"):
+        for file in glob.glob(f"/dev/shm/*{job_name()}-*"):
             Path(file).unlink(missing_ok=True)
 
 
@@ -250,85 +251,3 @@ def _write_config(settings: EngineSettings, directory: Path) -> None:
 
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(directory)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """vLLM looks through its own modules and so touches names of torch that are deprecated."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-# --- what belongs to the whole process ------------------------------------------------------------------------------
-
-
-@contextmanager
-def kept_process_state() -> Iterator[None]:
-    """Put back what vLLM changes for everyone: the random states, torch.set_num_threads, where memory may come from.
-
-    Nor does torch's deterministic mode hold inside: vLLM sums floats in ways that the mode refuses on a GPU."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(gpus), _own_memory_policy():
-        torch.use_deterministic_algorithms(False)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(deterministic)
-            torch.set_num_threads = set_num_threads
-            if torch.get_num_threads() != num_threads:
-                torch.set_num_threads(num_threads)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-@contextmanager
-def _own_memory_policy() -> Iterator[None]:
-    """vLLM's CPU worker would bind the whole process's memory to one NUMA node, the learner's too."""
-    if not hasattr(torch.ops._C, "init_cpu_memory_env"):
-        yield
-        return
-    with patch.object(torch.ops._C, "init_cpu_memory_env", lambda nodes: None):
-        yield
-
-
-@contextmanager
-def _kept_process_group() -> Iterator[None]:
-    """vLLM ends by destroying the default process group, which is the learner's too; its own groups may go."""
-    destroy = dist.destroy_process_group
-
-    def destroy_subgroup(group: Any = None) -> None:
-        if group is not None and group is not dist.group.WORLD:
-            destroy(group)
-
-    with patch.object(dist, "destroy_process_group", destroy_subgroup):
-        yield
-
-
-@contextmanager
-def _shared_memory_names() -> Iterator[None]:
-    """Name the files through which vLLM's CPU ranks reduce after the job: under external_launcher they would all be
-    called alike, and a killed job's would fail the next."""
-    try:
-        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
-    except ImportError:  # a build for GPUs
-        yield
-        return
-
-    def name(communicator: Any) -> str:
-        ranks = "-".join(map(str, communicator.ranks))
-        return f"{_job()}-{communicator.unique_name.replace(':', '-')}-{ranks}"
-
-    with patch.object(_CPUSHMDistributed, "make_group_name", staticmethod(name)):
-        yield
-
-
-def _job() -> str:
-    """The same on all ranks of a job on this machine, and on no other job's."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-        return f"fastgrpo-{run_id}-{os.environ.get('MASTER_PORT', '')}-{os.getppid()}"
-    return f"fastgrpo-{os.getpid()}"
