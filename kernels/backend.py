@@ -13,7 +13,8 @@ BACKENDS = ("auto", "torch", "triton")
 
 
 def use_triton(backend: str, tensor: Tensor) -> bool:
-    """True for the Triton kernels, False for torch. "auto": Triton for CUDA tensors, torch for CPU tensors.
+    """True for the Triton kernels, False for torch. "auto": Triton for CUDA tensors, torch for CPU tensors and
+    for float64, which Triton's kernels do not have.
 
     backend="triton" on CPU tensors runs in Triton's interpreter, which TRITON_INTERPRET=1 must have asked for
     before Triton was imported. Triton computes in float32, so float64 tensors are refused there.

@@ -22,7 +22,7 @@ from fastgrpo.kernels.objective import MAX_LOG_RATIO, LossInputs, Objective
 from fastgrpo.kernels.reference import sequence_of_token
 
 # What is recorded of every token, in the order of the rows of `records` (R, T). One sum over T yields the loss
-# and all metrics; kernels/policy_loss.py writes the same rows from Triton.
+# and all metrics; kernels/policy_kernels.py writes the same rows from Triton.
 RECORDS = (
     "loss",
     "logprob_sum",
