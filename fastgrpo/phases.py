@@ -25,9 +25,9 @@ Phase = Literal["rollout", "train", "share"]
 class Phases:
     """Changes between the phases, each at most once until another has been entered.
 
-    Both begin awake. offload: whether the learner's optimizer state and gradients leave the device while the sampler
-    has it. planned: bytes that a phase is expected to hold, noted beside the measured ones. measure: bytes that this
-    process holds of the device.
+    The sampler begins awake. offload: whether the learner's optimizer state and gradients leave the device while the
+    sampler has it. planned: bytes that a phase is expected to hold, noted beside the measured ones. measure: bytes that
+    this process holds of the device.
     """
 
     def __init__(

@@ -114,16 +114,16 @@ def test_two_passes_over_two_minibatches_take_four_updates_on_old_logprobs(workp
     more = ["train.updates_per_rollout=2", "train.num_minibatches=2", "train.num_steps=1", "train.learning_rate=0.01"]
     with assembled(*small_run(tiny_qwen2, *more)) as run:
         before = policy_of(run)
-        expected, annotated = [], run.learner.logprobs
+        expected, logprobs_of = [], run.learner.logprobs_of
 
-        def noting(batch, *, temperature, reference=False):
-            result = annotated(batch, temperature=temperature, reference=reference)
+        def noting(batches, *, temperature, reference=False):
+            result = logprobs_of(batches, temperature=temperature, reference=reference)
             if not reference:
                 assert equal(before, policy_of(run))  # computed before anything has moved
-                expected.append(result)
+                expected.extend(result)
             return result
 
-        run.learner.logprobs = noting
+        run.learner.logprobs_of = noting
         seen = updates_of(run)
         train(run, StopRequest(print))
     assert [result.policy_version for _, result in seen] == [1, 2, 3, 4]

@@ -93,31 +93,37 @@ class TorchLearner:
             metrics={**metrics, "learning_rate": rate},
         )
 
-    @torch.no_grad()
     def logprobs(self, batch: PackedBatch, *, temperature: float, reference: bool = False) -> Tensor:
         """See Learner.logprobs."""
+        return self.logprobs_of([batch], temperature=temperature, reference=reference)[0]
+
+    @torch.no_grad()
+    def logprobs_of(
+        self, batches: Sequence[PackedBatch], *, temperature: float, reference: bool = False
+    ) -> list[Tensor]:
+        """See Learner.logprobs_of: read once, so that no batch waits for the one before."""
+        if not batches:
+            return []
         if reference:  # a policy of its own, which routes by itself
-            batch = replace(batch, routed_experts=None)
+            batches = [replace(batch, routed_experts=None) for batch in batches]
             if self.adapters is not None:
                 with self.adapters.disabled():
-                    return self.logprobs(batch, temperature=temperature)
+                    return self.logprobs_of(batches, temperature=temperature)
         model = self.reference if reference else self.model
         assert model is not None, "no reference model was loaded"
         was_training = model.training
         model.eval()
-        batch = batch.to(self.model.device)
+        result = torch.cat([self._logprobs(model, batch.to(self.model.device), temperature) for batch in batches])
+        model.train(was_training)
+        return list(result.cpu().split([batch.num_scored for batch in batches]))
+
+    def _logprobs(self, model: CausalLM, batch: PackedBatch, temperature: float) -> Tensor:
+        """(N,) on the device."""
         with nullcontext() if self.routers is None else self.routers.replaying(batch):
             hidden = self._scored_hidden(model, batch)
         result = linear_logprobs(hidden, model.lm_head.weight, batch.targets, temperature=temperature)
         assert isinstance(result, Tensor)  # a pair only with entropy=True
-        model.train(was_training)
-        return result.cpu()
-
-    def logprobs_of(
-        self, batches: Sequence[PackedBatch], *, temperature: float, reference: bool = False
-    ) -> list[Tensor]:
-        """See Learner.logprobs_of."""
-        return [self.logprobs(batch, temperature=temperature, reference=reference) for batch in batches]
+        return result
 
     def _watched(self, batches: Iterable[PackedBatch]) -> Iterable[PackedBatch]:
         """The batches, while the routers of a mixture of experts are told which one is computed."""
