@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "models": {"kernels"},
     "algorithms": {"kernels"},
     "data": set(),
-    "rewards": set(),
+    "functions": set(),
+    "rewards": {"functions"},
     "sampler": {"kernels", "models"},
     "learner": {"kernels", "models", "algorithms"},
 }

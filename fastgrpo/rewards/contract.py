@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fastgrpo.functions.contract import Unusable, UserFunction, shown
 
 PER_COMPLETION = ("completion", "prompt", "answer", "metadata", "token_ids", "finish_reason")
 """What a function that asks for `completion` can ask for."""
@@ -30,52 +32,18 @@ class StepRewards:
     """The completion's reward as a whole; None is the sum over its steps."""
 
 
-@dataclass(frozen=True)
-class Unusable:
-    """A returned value that is no reward, as text for the error. Example: Unusable("'good' (str)")."""
-
-    shown: str
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A call that gave no value. Example: Failure(kind="error", message="ValueError: bad (rewards.py line 7)")."""
-
-    kind: str
-    """error | timeout | refused (the function raised UserError, which ends the run under every policy)."""
-    message: str
-
-
 Value = float | StepRewards | Unusable
 
 
-@dataclass(frozen=True)
-class RewardFunction:
-    """A function together with how it is called."""
+@dataclass(frozen=True, kw_only=True)
+class RewardFunction(UserFunction):
+    """A reward function together with how it is called."""
 
     name: str
     """The reward's name in the metrics."""
-    key: str
-    """Where the configuration names it, such as reward.path or reward.extra.style.path."""
-    path: str
-    """module:function or file.py:function, or the callable's own name."""
-    function: Callable[..., Any]
     weight: float
-    kwargs: dict[str, Any]
     per_group: bool
     """It asks for `completions`, not `completion`."""
-    is_async: bool
-    parameters: tuple[str, ...]
-    """Every parameter that can be passed by name."""
-    required: tuple[str, ...]
-    """Those without a default."""
-    takes_columns: bool
-    """It has **kwargs, which gets the metadata's columns."""
-
-    @property
-    def offered(self) -> tuple[str, ...]:
-        """The names that fastgrpo fills."""
-        return PER_GROUP if self.per_group else PER_COMPLETION
 
 
 def normalize(result: Any, *, per_group: bool) -> list[Value] | Unusable:
@@ -85,7 +53,7 @@ def normalize(result: Any, *, per_group: bool) -> list[Value] | Unusable:
     if hasattr(result, "tolist") and getattr(result, "ndim", 0) == 1:  # an array or tensor
         result = result.tolist()
     if not isinstance(result, (list, tuple)):
-        return Unusable(_show(result))
+        return Unusable(shown(result))
     return [_normalize_one(value) for value in result]
 
 
@@ -93,21 +61,21 @@ def _normalize_one(value: Any) -> Value:
     if isinstance(value, StepRewards):
         return _normalize_steps(value)
     number = _number(value)
-    return Unusable(_show(value)) if number is None else number
+    return Unusable(shown(value)) if number is None else number
 
 
 def _normalize_steps(value: StepRewards) -> StepRewards | Unusable:
     steps = []
     for pair in value.steps:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            return Unusable(f"StepRewards with the step {_show(pair)}")
+            return Unusable(f"StepRewards with the step {shown(pair)}")
         index, reward = _number(pair[0]), _number(pair[1])
         if index is None or index != int(index) or reward is None:
-            return Unusable(f"StepRewards with the step {_show(pair)}")
+            return Unusable(f"StepRewards with the step {shown(pair)}")
         steps.append((int(index), reward))
     total = sum(reward for _, reward in steps) if value.total is None else _number(value.total)
     if total is None:
-        return Unusable(f"StepRewards with the total {_show(value.total)}")
+        return Unusable(f"StepRewards with the total {shown(value.total)}")
     return StepRewards(steps=sorted(steps), total=total)
 
 
@@ -119,9 +87,3 @@ def _number(value: Any) -> float | None:
         return None
     number = float(value)
     return number if abs(number) <= LARGEST else None
-
-
-def _show(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    shown = text if len(text) <= 80 else text[:77] + "..."
-    return shown if isinstance(value, float) or value is None else f"{shown} ({type(value).__name__})"

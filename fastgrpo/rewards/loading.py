@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 from fastgrpo.config import UserError
-from fastgrpo.rewards.contract import PER_COMPLETION, PER_GROUP, RewardFunction
+from fastgrpo.functions.loading import describe, listed, load_function
+from fastgrpo.rewards.contract import PER_COMPLETION, PER_GROUP, RewardFunction, normalize
 
 
 def load_reward(
@@ -32,63 +27,6 @@ def load_reward(
     return describe_reward(load_function(path, key), path=path, key=key, name=name, weight=weight, kwargs=kwargs)
 
 
-def load_function(path: str, key: str) -> Callable[..., Any]:
-    """The function itself. Raises UserError where there is none."""
-    place, separator, function_name = path.rpartition(":")
-    if not separator or not place or not function_name:
-        raise UserError(f"{key}={path} names no function; write module:function or file.py:function")
-    module = _import_file(place, path, key) if place.endswith(".py") else _import_module(place, path, key)
-    function = module
-    for part in function_name.split("."):
-        if not hasattr(function, part):
-            there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise UserError(
-                f"{key}={path}: {place} has no {function_name!r}; it has {', '.join(there) or 'no function'}"
-            )
-        function = getattr(function, part)
-    if not callable(function):
-        raise UserError(f"{key}={path} is not a function but {function!r:.40}; name a function")
-    return function
-
-
-def _import_file(place: str, path: str, key: str) -> ModuleType:
-    file = Path(place).expanduser().resolve()
-    if not file.is_file():
-        raise UserError(f"{key}={path}: there is no file {place} (looked in {Path.cwd()}); correct the path")
-    # Its own name: two files called rewards.py, or one called like an installed package, must not collide.
-    module_name = f"fastgrpo_reward_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # so that the file can import its neighbours
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[module_name]
-        raise _import_error(error, path, key, "mend the file") from error
-    return module
-
-
-def _import_module(place: str, path: str, key: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except BaseException as error:
-        mend = "install it, or name a file: my_rewards.py:score"
-        raise _import_error(error, path, key, mend) from error
-
-
-def _import_error(error: BaseException, path: str, key: str, mend: str) -> BaseException:
-    if isinstance(error, (KeyboardInterrupt, UserError)):
-        return error
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return UserError(f"{key}={path} does not import ({reason}); {mend}")
-
-
 def describe_reward(
     function: Callable[..., Any],
     *,
@@ -99,47 +37,22 @@ def describe_reward(
     kwargs: Mapping[str, Any] | None = None,
 ) -> RewardFunction:
     """Reads from the signature how the function is called. Raises UserError where that breaks the contract."""
-    where, kwargs = f"{key}={path}", dict(kwargs or {})
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        raise UserError(f"{where} does not tell its parameters; wrap it in a Python function") from None
-    takes_columns = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    names = [p.name for p in named]
-    if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
-        raise UserError(f"{where} has positional-only parameters, but all are passed by name; remove the `/`")
-    if ("completion" in names) == ("completions" in names):
-        raise UserError(f"{where} must ask for either `completion` or `completions`; it asks for {_listed(names)}")
-    offered = PER_GROUP if "completions" in names else PER_COMPLETION
-    for parameter in names:
-        if parameter in PER_GROUP + PER_COMPLETION and parameter not in offered:
-            raise UserError(f"{where} asks for `{parameter}`, but with `{offered[0]}` there are {_listed(offered)}")
-    for argument in kwargs:
-        if argument in PER_GROUP + PER_COMPLETION or (argument not in names and not takes_columns):
+
+    def contract(names: list[str]) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
+        if ("completion" in names) == ("completions" in names):
             raise UserError(
-                f"{key.removesuffix('path')}kwargs.{argument}: {path} has no parameter of that name to set; "
-                f"it has {_listed(n for n in names if n not in offered)}"
+                f"{key}={path} must ask for either `completion` or `completions`; it asks for {listed(names)}"
             )
-    return RewardFunction(
-        name=name or path.rpartition(":")[2],
-        key=key,
-        path=path,
-        function=function,
-        weight=weight,
-        kwargs=kwargs,
-        per_group=offered is PER_GROUP,
-        is_async=_is_async(function),
-        parameters=tuple(names),
-        required=tuple(p.name for p in named if p.default is p.empty),
-        takes_columns=takes_columns,
-    )
+        per_group = "completions" in names
+        offered = PER_GROUP if per_group else PER_COMPLETION
+        for parameter in names:
+            if parameter in PER_GROUP + PER_COMPLETION and parameter not in offered:
+                raise UserError(
+                    f"{key}={path} asks for `{parameter}`, but with `{offered[0]}` there are {listed(offered)}"
+                )
+        return offered, partial(normalize, per_group=per_group)
 
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    function = getattr(function, "func", function)  # functools.partial
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "nothing"
+    reserved = PER_GROUP + PER_COMPLETION
+    described = describe(function, path=path, key=key, kwargs=kwargs or {}, reserved=reserved, contract=contract)
+    per_group = described.offered is PER_GROUP
+    return RewardFunction(**vars(described), name=name or path.rpartition(":")[2], weight=weight, per_group=per_group)

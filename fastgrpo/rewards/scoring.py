@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RewardConfig, UserError
+from fastgrpo.functions.contract import Failure, Unusable
+from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor, Ticket
 from fastgrpo.rewards.binding import Sample, bind
-from fastgrpo.rewards.contract import Failure, RewardFunction, StepRewards, Unusable
+from fastgrpo.rewards.contract import RewardFunction, StepRewards
 from fastgrpo.rewards.loading import describe_reward, load_reward
-from fastgrpo.rewards.pool import Executor, ProcessExecutor, ThreadExecutor, Ticket
 from fastgrpo.types import Prompt, RolloutGroup, ScoredGroup
 
 Scores = list[float | StepRewards]

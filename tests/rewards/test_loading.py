@@ -105,7 +105,7 @@ def test_a_configured_argument_that_the_function_does_not_have(reward_file):
         (
             "no_such_module:score",
             "reward.path=no_such_module:score does not import (ModuleNotFoundError: No module named 'no_such_module'); "
-            "install it, or name a file: my_rewards.py:score",
+            "install it, or name a file: FILE.py:FUNCTION",
         ),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -18,9 +18,9 @@ import cloudpickle
 from pebble import ProcessExpired, ProcessPool
 
 from fastgrpo.config import UserError
-from fastgrpo.rewards.calls import Outcome, run_calls
-from fastgrpo.rewards.contract import Failure, RewardFunction
-from fastgrpo.rewards.worker import Shipment, answer, initialize
+from fastgrpo.functions.calls import Outcome, run_calls
+from fastgrpo.functions.contract import Failure, UserFunction
+from fastgrpo.functions.worker import Shipment, answer, initialize
 
 GRACE_S = 1.0
 """Async calls are given up on by their own event loop; this much later the loop itself counts as stuck."""
@@ -33,7 +33,7 @@ Ticket = Callable[[], list[Outcome]]
 
 
 class Executor(Protocol):
-    """Runs calls of the reward functions it was made with."""
+    """Runs calls of the functions it was made with."""
 
     def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
         """Starts the calls of function number `index`; they share one fate where it exceeds its limit."""
@@ -45,7 +45,7 @@ class Executor(Protocol):
 class ProcessExecutor:
     """`num_workers` processes; one that exceeds the limit is killed, with all it started, and replaced."""
 
-    def __init__(self, functions: list[RewardFunction], *, by_path: list[bool], num_workers: int, timeout_s: float):
+    def __init__(self, functions: Sequence[UserFunction], *, by_path: list[bool], num_workers: int, timeout_s: float):
         self._functions = functions
         self._shipments = [_ship(f, path) for f, path in zip(functions, by_path, strict=True)]
         self._num_workers = num_workers
@@ -63,7 +63,7 @@ class ProcessExecutor:
         started: Future[None] = Future()
         # Linux ties a worker's life to the thread that started it; this one lives as long as the pool.
         args = (self._pool, started, self._closed)
-        threading.Thread(target=_start_and_stay, args=args, daemon=True, name="reward-workers").start()
+        threading.Thread(target=_start_and_stay, args=args, daemon=True, name="function-workers").start()
         started.result()
 
     def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
@@ -82,7 +82,7 @@ class ProcessExecutor:
 
     def _schedule(self, index: int, calls: list[dict[str, Any]]) -> tuple[ProcessPool, Future]:
         function = self._functions[index]
-        how = {"is_async": function.is_async, "per_group": function.per_group, "timeout_s": self._timeout_s}
+        how = {"is_async": function.is_async, "read": function.read, "timeout_s": self._timeout_s}
         timeout = self._timeout_s + (GRACE_S if function.is_async else 0.0)
         if not self._pool.active:  # an idle worker was killed from outside, which pebble does not survive
             self.close()
@@ -119,7 +119,7 @@ def _outcomes(pool: ProcessPool, future: Future, num_calls: int) -> list[Outcome
             return [Failure("error", f"the worker process died with exit code {error.exitcode}")] * num_calls
 
 
-def _ship(function: RewardFunction, by_path: bool) -> Shipment:
+def _ship(function: UserFunction, by_path: bool) -> Shipment:
     if by_path:
         return Shipment(function.key, function.path, None)
     try:
@@ -127,7 +127,7 @@ def _ship(function: RewardFunction, by_path: bool) -> Shipment:
     except Exception as error:  # pickling runs code of whatever the function holds
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{function.path} cannot be sent to worker processes ({reason}); set reward.num_workers=0"
+            f"{function.path} cannot be sent to worker processes ({reason}); set {function.section}.num_workers=0"
         ) from error
 
 
@@ -137,7 +137,7 @@ class ThreadExecutor:
     Functions run one call at a time, so they need not be thread-safe; async ones all at once.
     """
 
-    def __init__(self, functions: list[RewardFunction], *, timeout_s: float):
+    def __init__(self, functions: Sequence[UserFunction], *, timeout_s: float):
         self._functions = functions
         self._timeout_s = timeout_s
 
@@ -151,10 +151,10 @@ class ThreadExecutor:
         function, future = self._functions[index], Future[list[Outcome]]()
 
         def run() -> None:
-            how = {"is_async": function.is_async, "per_group": function.per_group, "timeout_s": self._timeout_s}
+            how = {"is_async": function.is_async, "read": function.read, "timeout_s": self._timeout_s}
             future.set_result(run_calls(function.function, calls, **how))  # type: ignore[arg-type]
 
-        threading.Thread(target=run, daemon=True, name=f"reward-{function.name}").start()
+        threading.Thread(target=run, daemon=True, name=f"function-{function.path}").start()
         return future
 
     def _wait(self, future: Future, calls: list[dict[str, Any]], timeout_s: float) -> list[Outcome]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgrpo.config import UserError
-from fastgrpo.rewards.calls import Outcome, run_calls
-from fastgrpo.rewards.contract import Failure
-from fastgrpo.rewards.loading import load_function
+from fastgrpo.functions.calls import Outcome, Read, run_calls
+from fastgrpo.functions.contract import Failure, section_of
+from fastgrpo.functions.loading import load_function
 
 PR_SET_PDEATHSIG = 1
 
@@ -39,14 +39,12 @@ def initialize(parent_pid: int, shipments: list[Shipment]) -> None:
     _functions[:] = [_receive(shipment) for shipment in shipments]
 
 
-def answer(
-    index: int, calls: list[dict[str, Any]], *, is_async: bool, per_group: bool, timeout_s: float
-) -> list[Outcome]:
+def answer(index: int, calls: list[dict[str, Any]], *, is_async: bool, read: Read, timeout_s: float) -> list[Outcome]:
     """Makes the calls of function number `index`."""
     function = _functions[index]
     if isinstance(function, Failure):
         return [function for _ in calls]
-    return run_calls(function, calls, is_async=is_async, per_group=per_group, timeout_s=timeout_s)
+    return run_calls(function, calls, is_async=is_async, read=read, timeout_s=timeout_s)
 
 
 def _receive(shipment: Shipment) -> Callable[..., Any] | Failure:
@@ -60,15 +58,18 @@ def _receive(shipment: Shipment) -> Callable[..., Any] | Failure:
         return Failure("refused", str(error))
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Failure("refused", f"{shipment.path} does not load in a worker ({reason}); set reward.num_workers=0")
+        return Failure(
+            "refused",
+            f"{shipment.path} does not load in a worker ({reason}); set {section_of(shipment.key)}.num_workers=0",
+        )
 
 
 def _leave_signals_to_the_parent() -> None:
     """Ctrl-C and a cluster's SIGTERM reach the whole job, but only the trainer decides when it ends.
 
-    Handlers that do nothing, unlike SIG_IGN, are not inherited by programs that a reward function starts.
+    Handlers that do nothing, unlike SIG_IGN, are not inherited by programs that a function starts.
     """
-    os.setpgid(0, 0)  # a group of its own: killed with whatever the reward function started
+    os.setpgid(0, 0)  # a group of its own: killed with whatever the function started
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

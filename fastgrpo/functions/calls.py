@@ -9,39 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import UserError
-from fastgrpo.rewards.contract import Failure, Unusable, Value, normalize
+from fastgrpo.functions.contract import Failure
 
-Outcome = list[Value] | Unusable | Failure
-"""What one call came to: a value per completion it was given, or why there is none."""
+Read = Callable[[Any], Any]
+Outcome = Any
+"""What one call came to: what the function's `read` made of its result, or the Failure that left none."""
 
 
 def run_calls(
-    function: Callable[..., Any], calls: list[dict[str, Any]], *, is_async: bool, per_group: bool, timeout_s: float
+    function: Callable[..., Any], calls: list[dict[str, Any]], *, is_async: bool, read: Read, timeout_s: float
 ) -> list[Outcome]:
     """Calls the function with each set of keyword arguments: one after the other, or all at once if it is async.
 
     Only the async calls are held to timeout_s here; who runs this holds the others to it.
     """
     if is_async:
-        return asyncio.run(_run_together(function, calls, per_group, timeout_s))
-    return [_run_one(function, arguments, per_group) for arguments in calls]
+        return asyncio.run(_run_together(function, calls, read, timeout_s))
+    return [_run_one(function, arguments, read) for arguments in calls]
 
 
-def _run_one(function: Callable[..., Any], arguments: dict[str, Any], per_group: bool) -> Outcome:
+def _run_one(function: Callable[..., Any], arguments: dict[str, Any], read: Read) -> Outcome:
     try:
-        return normalize(function(**arguments), per_group=per_group)
+        return read(function(**arguments))
     except BaseException as error:
         return _failure(error)
 
 
 async def _run_together(
-    function: Callable[..., Any], calls: list[dict[str, Any]], per_group: bool, timeout_s: float
+    function: Callable[..., Any], calls: list[dict[str, Any]], read: Read, timeout_s: float
 ) -> list[Outcome]:
     async def run_one(arguments: dict[str, Any]) -> Outcome:
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 result = await function(**arguments)
-            return normalize(result, per_group=per_group)
+            return read(result)
         except BaseException as error:
             return Failure("timeout", "") if limit.expired() else _failure(error)
 
