@@ -33,6 +33,7 @@ def train(
     prompts: Sequence[str | Mapping[str, Any]] | None = None,
     reward: Callable[..., Any] | None = None,
     overrides: Sequence[str] = (),
+    environment: Callable[..., Any] | None = None,
 ) -> TrainResult:
     """Train a policy; returns when it is done, or when a signal has stopped it.
 
@@ -40,6 +41,7 @@ def train(
         data.prompt_column and data.answer_column name them); None trains on the configured data.
     reward: a function under the contract of fastgrpo.rewards; None takes the configured one.
     overrides: what one would write behind `fastgrpo train`, such as ["model.path=DIR", "train.num_steps=50"].
+    environment: a function that answers the policy's turns (docs/environment.md); None takes the configured one.
     Raises UserError, one line, for whatever can be mended.
     """
     from fastgrpo import commands
@@ -58,7 +60,7 @@ def train(
             held_out = f"data.eval_size={int(HELD_OUT * len(rows))}"
             arguments = ["data=jsonl", f"data.path={path}", held_out, *answers, *arguments]
         config, text = compose("train", with_run_dir(with_shorthands(arguments)))
-        _, run_dir = commands.train(config, text, reward=reward)
+        _, run_dir = commands.train(config, text, reward, environment)
     return TrainResult(run_dir=run_dir, metrics=read_jsonl(run_dir / "metrics.jsonl"))
 
 

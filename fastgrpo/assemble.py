@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgrpo.batch_algebra import batch_algebra
 from fastgrpo.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
 from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
+from fastgrpo.data.replies import ReplyEncoder
+from fastgrpo.environment.asking import Environment
 from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.protocol import Learner
@@ -137,11 +140,16 @@ def load_data(config: Config) -> tuple[Any, PromptSets]:
 
 @contextmanager
 def assemble(
-    config: Config, ranks: Ranks, reward: Callable[..., Any] | None = None, *, only_evaluates: bool = False
+    config: Config,
+    ranks: Ranks,
+    reward: Callable[..., Any] | None = None,
+    environment: Callable[..., Any] | None = None,
+    *,
+    only_evaluates: bool = False,
 ) -> Iterator[Run]:
     """Everything a run needs, closed again at the end, also after an error.
 
-    ranks: this process's place in the job (ranks.join_job). reward: a function in place of reward.path.
+    ranks: this process's place in the job (ranks.join_job). reward, environment: functions in place of their paths.
     only_evaluates: the run writes nothing, and needs held-out prompts.
     Raises UserError for whatever the user can mend.
     """
@@ -157,11 +165,15 @@ def assemble(
         # What is quick to find wrong comes first: functions, then data, then weights.
         rewards = stack.enter_context(Rewards(config.reward, reward))
         tokenizer, prompts = load_data(config)
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        answers = open_environment(stack, config, tokenizer, decode, environment)
         check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=only_evaluates)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
+        if answers is not None:
+            answers.check(prompts.train[0])
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
-        unfinished = Unfinished(config.sampling.max_new_tokens)
+        unfinished = Unfinished(config.sampling.max_new_tokens, 1 if answers is None else config.environment.max_turns)
         state: dict[str, Any] = {"step": 0, "num_nonfinite": 0}
         if checkpoint is not None:
             state = restore(checkpoint, learner, stream, unfinished, prompts)
@@ -195,8 +207,9 @@ def assemble(
             contract=contract,
             stream=stream,
             unfinished=unfinished,
+            environment=answers,
             eval_prompts=prompts.eval,
-            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            decode=decode,
             learner=learner,
             sampler=sampler,
             sampling_ranks=sampling_ranks,
@@ -213,6 +226,20 @@ def assemble(
         )
         yield run
         run.phases.enter("rollout")  # an engine is closed awake, and needs the room that it had
+
+
+def open_environment(
+    stack: ExitStack,
+    config: Config,
+    tokenizer: Any,
+    decode: Callable[[Tensor], str],
+    function: Callable[..., Any] | None,
+) -> Environment | None:
+    """The environment, closed with the stack; None where none is configured. Raises UserError if it does not load."""
+    if config.environment.path is None and function is None:
+        return None
+    encode = ReplyEncoder(config.data, tokenizer)
+    return stack.enter_context(Environment(config.environment, encode, decode, function))
 
 
 def check_model(config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, *, needs_eval_prompts: bool) -> None:

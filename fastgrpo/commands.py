@@ -18,10 +18,16 @@ if TYPE_CHECKING:
     from fastgrpo.plan import Plan
 
 
-def train(config: Config, text: str, reward: Callable[..., Any] | None = None) -> tuple[int | None, Path]:
+def train(
+    config: Config,
+    text: str,
+    reward: Callable[..., Any] | None = None,
+    environment: Callable[..., Any] | None = None,
+) -> tuple[int | None, Path]:
     """Train, export and report. Returns the signal that stopped the run early, or None, and the run's directory.
 
-    text: the resolved configuration as YAML, kept as run.dir/config.yaml. Raises UserError for what the user can mend.
+    text: the resolved configuration as YAML, kept as run.dir/config.yaml. reward, environment: functions in place of
+    their paths. Raises UserError for what the user can mend.
     """
     warnings = validate(config)
     from safetensors import SafetensorError
@@ -37,7 +43,7 @@ def train(config: Config, text: str, reward: Callable[..., Any] | None = None) -
     config = replace(config, run=replace(config.run, dir=ranks.from_main(config.run.dir)))
     run_dir = Path(config.run.dir).expanduser()
     mine = _claimed(run_dir, config) if ranks.is_main else nullcontext()
-    with mine, assemble(config, ranks, reward) as run:
+    with mine, assemble(config, ranks, reward, environment) as run:
         for warning in warnings:
             run.console.message(f"warning: {warning}")
         try:

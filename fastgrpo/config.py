@@ -163,6 +163,25 @@ class RewardConfig:
 
 
 @dataclass(kw_only=True)
+class EnvironmentConfig:
+    """What answers the policy's turns: tools, a user, a game (docs/environment.md). Without one a completion is one
+    turn."""
+
+    path: str | None = None
+    """module:function or file.py:function, called with every turn that a stop token has ended; null: none."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Fixed keyword arguments for the function."""
+    max_turns: int = 8
+    """The policy speaks at most this often in a completion, and sampling.max_new_tokens bounds all of it together."""
+    timeout_s: float = 30.0
+    """Time limit of one call."""
+    on_error: str = "fail"
+    """fail | tell: where the function raises or exceeds the limit, end the run, or let the policy read the error."""
+    num_workers: int = 2
+    """Processes that run the function; 0 runs it in the trainer's own."""
+
+
+@dataclass(kw_only=True)
 class ReferenceConfig:
     """The policy that the KL term holds on to."""
 
@@ -245,9 +264,9 @@ class SamplingConfig:
     top_k: int = 0
     """0 keeps every token."""
     max_new_tokens: int = 1024
-    """A completion is cut at this many tokens."""
+    """A completion is cut at this many tokens, the environment's included."""
     min_new_tokens: int = 0
-    """No stop token is drawn before this many."""
+    """No stop token is drawn before this many; with an environment, of each turn."""
     stop_token_ids: list[int] | None = None
     """null: the tokenizer's (and generation configuration's) end tokens."""
 
@@ -370,7 +389,7 @@ class SamplerConfig:
     others in later steps: no step waits for the longest completion, and none is thrown away. Their first tokens are
     then of older policies (docs/objective.md)."""
     round_tokens: int = 256
-    """oversample: tokens a completion gets between looks at what is complete; a divisor of sampling.max_new_tokens."""
+    """oversample: the most tokens a completion gets between looks at what is complete."""
     bucket_mb: int = 256
     """Weights that learner and sampler do not share move in buckets of at most this size."""
     proof: str = "sampled"
@@ -444,6 +463,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

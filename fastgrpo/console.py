@@ -23,7 +23,11 @@ NUM_RECENT = 20
 """Steps whose mean gives the time left and the split of a step's time."""
 NUM_SPARK = 24
 COLORS = dict(
-    zip((*PARTS, "other"), ("blue", "magenta", "cyan", "green", "yellow", "red", "bright_blue", "white"), strict=True)
+    zip(
+        (*PARTS, "other"),
+        ("blue", "bright_green", "magenta", "cyan", "green", "yellow", "red", "bright_blue", "white"),
+        strict=True,
+    )
 )
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastgrpo.conversation import conversation, told
 from fastgrpo.metrics import Sample
-from fastgrpo.rollout import draw, score
+from fastgrpo.rollout import draw_whole, score
 from fastgrpo.run import Run
 from fastgrpo.seeding import derive_seed
 from fastgrpo.stats import FAILURES
@@ -41,7 +42,7 @@ def evaluate(run: Run) -> dict[str, float]:
     )
     prompts, seed = run.eval_prompts[: config.num_prompts], derive_seed(run.config.seed, "eval")
     with run.ledger("eval"), run.ledger.all_as("eval"):
-        groups, failures = score(run, draw(run, prompts, config.num_samples, params, seed))
+        groups, failures = score(run, draw_whole(run, prompts, config.num_samples, params, seed))
         metrics, shown = summarize(groups, failures, run.decode, run.step)
     run.log_samples(shown)
     return metrics
@@ -64,7 +65,7 @@ def summarize(
         **failures,
         "eval/accuracy": right.float().mean().item(),
         "eval/reward": torch.cat([group.rewards for group in groups]).mean().item(),
-        "eval/response_length": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
+        "eval/response_length": sum(int(r.loss_mask.sum()) for r in rollouts) / len(rollouts),
         "eval/truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
     }
     k = 2
@@ -104,7 +105,7 @@ def samples_of(group: ScoredGroup, decode: Callable[[Tensor], str], step: int, k
             kind=kind,
             prompt_id=prompt.prompt_id,
             prompt=prompt.text,
-            completion=decode(rollout.token_ids),
+            completion=told(conversation(rollout, decode)),
             answer=prompt.answer,
             reward=float(group.rewards[i]),
             advantage=float(group.advantages[i]) if outcome else None,  # type: ignore[index]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from fastgrpo.config import UserError
 from fastgrpo.trackers import TRACKERS, check_trackers
 
-PARTS = ("generate", "reward", "logprobs", "update", "share", "checkpoint", "eval")
+PARTS = ("generate", "environment", "reward", "logprobs", "update", "share", "checkpoint", "eval")
 """What a step's time is spent on; `other` is the rest."""
 
 

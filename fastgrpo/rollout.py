@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastgrpo import stats
 from fastgrpo.algorithms.advantages import is_constant
 from fastgrpo.run import Run
 from fastgrpo.seeding import derive_seed
-from fastgrpo.types import Prompt, RolloutGroup, SamplingParams, ScoredGroup
+from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup, SamplingParams, ScoredGroup
+from fastgrpo.unfinished import Unfinished
+
+T = TypeVar("T")
 
 
 def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
@@ -22,9 +25,9 @@ def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
     for attempt in range(1 + config.max_resamples * config.dynamic_sampling):
         seed = derive_seed(run.config.seed, "rollout", run.step, attempt)
         if run.config.sampler.oversample > 0:
-            drawn = draw_in_rounds(run, wanted, seed)
+            drawn = draw_ahead(run, wanted, seed)
         else:
-            drawn = draw(run, run.stream.take(wanted - len(groups)), config.group_size, run.sampling, seed)
+            drawn = draw_whole(run, run.stream.take(wanted - len(groups)), config.group_size, run.sampling, seed)
         scored, failures = score(run, drawn)
         sampled += scored
         counts += failures
@@ -32,41 +35,91 @@ def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
         if len(groups) == wanted or not config.dynamic_sampling:
             break
     row = {**stats.of_rewards(sampled, counts), "groups/used": len(groups), "epoch": run.stream.epoch}
+    if run.environment is not None:
+        row |= stats.of_turns(sampled)
     if run.config.sampler.oversample > 0:
         row |= stats.of_staleness(sampled, run.learner.policy_version) | {"groups/unfinished": len(run.unfinished)}
     return groups, row
 
 
-def draw_in_rounds(run: Run, wanted: int, seed: int) -> list[RolloutGroup]:
+def draw_ahead(run: Run, wanted: int, seed: int) -> list[RolloutGroup]:
     """The first `wanted` groups to be complete, of more that are drawn; the others go on in the next step.
 
     A round gives every unfinished completion sampler.round_tokens more tokens, so a step waits for the slowest of
     `wanted` groups and not for the slowest of all. Nothing is thrown away: a group that takes long is learned from
     later, and by then its first tokens are of older policies (Rollout.token_versions).
     """
+    begin(run)
     config, unfinished = run.config, run.unfinished
     in_flight = round(wanted * (1 + config.sampler.oversample))
     fresh = run.stream.take(max(0, in_flight - len(unfinished)))
-    params = replace(run.sampling, max_new_tokens=config.sampler.round_tokens)
+    params = replace(run.sampling, max_new_tokens=min(config.sampler.round_tokens, run.sampling.max_new_tokens))
+    return draw_until(run, unfinished, wanted, fresh, config.algorithm.group_size, params, seed)
+
+
+def draw_whole(
+    run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
+) -> list[RolloutGroup]:
+    """The prompts' groups, in their order, every conversation with the environment at its end."""
+    begin(run)
+    if run.environment is None:
+        return draw(run, prompts, num_samples, params, seed)
+    unfinished = Unfinished(params.max_new_tokens, run.config.environment.max_turns)
+    return draw_until(run, unfinished, len(prompts), prompts, num_samples, params, seed)
+
+
+def draw_until(
+    run: Run,
+    unfinished: Unfinished,
+    wanted: int,
+    fresh: list[Prompt],
+    num_samples: int,
+    params: SamplingParams,
+    seed: int,
+) -> list[RolloutGroup]:
+    """Begin the fresh prompts and go on with all that is unfinished, until `wanted` groups are complete."""
     number = 0
     while fresh or unfinished.num_complete < wanted:
         pending = unfinished.continuations()
         unfinished.extend(draw(run, pending, 1, params, derive_seed(seed, "round", number)))
-        unfinished.add(draw(run, fresh, config.algorithm.group_size, params, derive_seed(seed, "begin")))
+        unfinished.add(draw(run, fresh, num_samples, params, derive_seed(seed, "begin")))
+        unfinished.reply(replies_to(run, unfinished.turns()))
         fresh, number = [], number + 1
     return unfinished.take(wanted)
 
 
-def draw(run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int) -> list[RolloutGroup]:
-    """The prompts' groups, in their order, on every rank."""
+def begin(run: Run) -> None:
+    """Hand the memory to the sampler, which is to draw as if it had never drawn before."""
     run.enter("rollout")
+    if run.sampler is not None:
+        run.sampler.forget()
+
+
+def draw(run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int) -> list[RolloutGroup]:
+    """The prompts' groups, in their order, on every rank: what the sampler makes of them in one go."""
     ranks = run.sampling_ranks
     with run.ledger("generate"):  # waiting for the slowest rank is part of generating
         mine: list[RolloutGroup] = []
         if run.sampler is not None:
             mine = run.sampler.generate(prompts[ranks.data_rank :: ranks.num_data_ranks], num_samples, params, seed)
         parts = ranks.gather(mine)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(len(prompts))]
+    return dealt_back(parts, len(prompts))
+
+
+def dealt_back(parts: list[list[T]], count: int) -> list[T]:
+    """In order again, what was dealt to the data ranks by index."""
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+
+
+def replies_to(run: Run, turns: list[tuple[Prompt, Rollout]]) -> list[Reply]:
+    """What the environment says to each, on every rank."""
+    if run.environment is None:
+        return []
+    ranks = run.sampling_ranks
+    with run.ledger("environment"):
+        mine = run.environment.replies(turns[ranks.data_rank :: ranks.num_data_ranks]) if ranks.leads else []
+        parts = ranks.gather(mine)
+    return dealt_back(parts, len(turns))
 
 
 def score(run: Run, groups: list[RolloutGroup]) -> tuple[list[ScoredGroup], Counter[str]]:

@@ -12,6 +12,7 @@ from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config
 from fastgrpo.console import Console
 from fastgrpo.data import PromptStream
+from fastgrpo.environment.asking import Environment
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.metrics import Ledger, MetricsLog, Sample
@@ -37,6 +38,8 @@ class Run:
     stream: PromptStream
     unfinished: Unfinished
     """Completions that go on in the next step; always empty with sampler.oversample=0."""
+    environment: Environment | None
+    """Answers the policy's turns; None where a completion is one turn."""
     eval_prompts: list[Prompt]
     decode: Callable[[Tensor], str]
     learner: Learner

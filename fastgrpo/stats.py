@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +16,8 @@ FAILURES = ("reward/error_count", "reward/timeout_count", "reward/dropped_groups
 def of_rewards(groups: list[ScoredGroup], failures: Mapping[str, int]) -> dict[str, float]:
     """Rewards, lengths and groups of all that was sampled in a step, over every round of resampling.
 
-    tokens: prompt and completion tokens of every sequence, as if no prompt were shared, which is how peers count.
+    response_length: the policy's own tokens. tokens: all of every sequence, the prompt's and an environment's with
+    them, as if no prompt were shared, which is how peers count.
     """
     row: dict[str, float] = {name: failures.get(name, 0) for name in FAILURES}
     row["groups/sampled"] = len(groups)
@@ -25,7 +27,7 @@ def of_rewards(groups: list[ScoredGroup], failures: Mapping[str, int]) -> dict[s
     terms = groups[0].reward_terms if len(groups[0].reward_terms) > 1 else ()
     row |= {f"reward/{name}": torch.cat([group.reward_terms[name] for group in groups]).mean().item() for name in terms}
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
-    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], dtype=torch.float32)
+    lengths = torch.tensor([int(rollout.loss_mask.sum()) for rollout in rollouts], dtype=torch.float32)
     finished = lengths[[rollout.finish_reason == "stop" for rollout in rollouts]]
     if len(finished):
         row["response_length/finished_mean"] = finished.mean().item()
@@ -45,7 +47,23 @@ def of_rewards(groups: list[ScoredGroup], failures: Mapping[str, int]) -> dict[s
         "prompt_length/mean": sum(prompts) / len(prompts),
         "prompt_length/max": max(prompts),
         "truncated_fraction": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-        "tokens": prompt_tokens + int(lengths.sum()),
+        "tokens": prompt_tokens + sum(len(rollout.token_ids) for rollout in rollouts),
+    }
+
+
+def of_turns(groups: list[ScoredGroup]) -> dict[str, float]:
+    """What the environment had to do with a step's completions."""
+    rollouts = [rollout for group in groups for rollout in group.group.rollouts]
+    if not rollouts:
+        return {}
+    turns = [rollout.num_turns for rollout in rollouts]
+    failures = Counter(reply.failure for rollout in rollouts for reply in rollout.replies)
+    return {
+        "turns/mean": sum(turns) / len(turns),
+        "turns/max": max(turns),
+        "environment/length_mean": sum(int((~rollout.loss_mask).sum()) for rollout in rollouts) / len(rollouts),
+        "environment/error_count": failures["error"],
+        "environment/timeout_count": failures["timeout"],
     }
 
 

@@ -33,6 +33,9 @@ class Prompt:
     """The reference answer, as the data has it."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Every other column of the data's row."""
+    max_new_tokens: int | None = None
+    """Where it is less than SamplingParams.max_new_tokens, the limit of this prompt's completions: what is left of one
+    that has begun."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,30 @@ class LogprobContract:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What an environment said to a turn of the policy.
+
+    Example: Reply(start=5, token_ids=tensor([7, 3]), messages=({"role": "tool", "content": "42"},))
+    """
+
+    start: int
+    """Its first token's place in the completion; the policy's turn ends there."""
+    token_ids: Tensor
+    """(E,) int64: its messages and what leads to the policy's next turn, as the policy reads them."""
+    messages: tuple[dict[str, str], ...]
+    """{role, content} each. None of them: the environment ended the conversation, and there are no tokens."""
+    failure: Literal["error", "timeout"] | None = None
+    """Where the function failed, and the policy was told so (environment.on_error=tell)."""
+
+    @property
+    def end(self) -> int:
+        """Behind its last token, which may lie beyond the completion that it filled."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One completion of one prompt, R tokens.
+    """One completion of one prompt, R tokens: a turn of the policy, or with an environment turns of both.
 
     Example: Rollout(prompt_id="train/17", token_ids=tensor([8, 2]), loss_mask=tensor([True, True]),
                      sampler_logprobs=tensor([-0.1, -0.02]), finish_reason="stop", policy_version=3)
@@ -80,20 +105,28 @@ class Rollout:
 
     prompt_id: str
     token_ids: Tensor
-    """(R,) int64, R >= 1, the stop token included."""
+    """(R,) int64, R >= 1, the stop tokens included."""
     loss_mask: Tensor
-    """(R,) bool; False for tokens that the policy did not choose (a tool's output)."""
+    """(R,) bool; False for tokens that the policy did not choose: the environment's replies."""
     sampler_logprobs: Tensor
-    """(R,) float32, under the sampler's LogprobContract."""
+    """(R,) float32, under the sampler's LogprobContract; 0 for the environment's tokens."""
     finish_reason: FinishReason
-    """stop: ended by a stop token; length: cut at max_new_tokens."""
+    """stop: the last turn ended by a stop token; length: cut at max_new_tokens."""
     policy_version: int
     """Optimizer steps the policy had taken when its last token was sampled."""
     token_versions: Tensor | None = None
     """(R,) int64: the same for every token, where a completion took several steps to draw; else None."""
     routed_experts: Tensor | None = None
     """(R - 1, L, k) uint8, or int16 where there are more than 256: the experts that computed the row of each token,
-    when the token after it was drawn. The last token's row is never computed. None where they were not asked for."""
+    when the token after it was drawn. The last token's row is never computed, nor are those of a reply that filled the
+    completion. None where they were not asked for."""
+    replies: tuple[Reply, ...] = ()
+    """The environment's, in their order."""
+
+    @property
+    def num_turns(self) -> int:
+        """How often the policy spoke."""
+        return 1 + sum(reply.end < len(self.token_ids) for reply in self.replies)
 
 
 @dataclass(frozen=True, kw_only=True)

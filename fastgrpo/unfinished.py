@@ -1,9 +1,9 @@
-"""Groups whose completions take more than one step to draw."""
+"""Groups whose completions take more than one draw: a conversation's turns, or the rounds of several steps."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +12,23 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import UserError
-from fastgrpo.types import Prompt, Rollout, RolloutGroup
+from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup
 
 
 class Unfinished:
-    """Groups in flight, oldest first. A group is complete when each of its completions has ended or is at its limit.
+    """Groups in flight, oldest first. A group is complete when each of its completions is at its end or its limit.
+
+    max_new_tokens: the limit, the environment's tokens included. max_turns: how often the policy may speak.
 
     Example, with a limit of 1024 tokens and rounds of 256:
         unfinished.add(sampler.generate(prompts, 8, params, seed))                          # up to 256 tokens each
         unfinished.extend(sampler.generate(unfinished.continuations(), 1, params, seed))    # up to 256 more
+        unfinished.reply(environment.replies(unfinished.turns()))                           # what is said to them
         groups = unfinished.take(32)
     """
 
-    def __init__(self, max_new_tokens: int) -> None:
-        self.max_new_tokens = max_new_tokens
+    def __init__(self, max_new_tokens: int, max_turns: int = 1) -> None:
+        self.max_new_tokens, self.max_turns = max_new_tokens, max_turns
         self._groups: list[RolloutGroup] = []
 
     def __len__(self) -> int:
@@ -42,29 +45,32 @@ class Unfinished:
         ]
 
     def continuations(self) -> list[Prompt]:
-        """Every unfinished completion as a prompt of its own: the question and what has been drawn so far."""
+        """Every unfinished completion as a prompt of its own: the question and all that has been said so far."""
         prompts = []
         for number, group in enumerate(self._groups):
             for sample, rollout in enumerate(group.rollouts):
                 if self._goes_on(rollout):
                     token_ids = torch.cat([group.prompt.token_ids, rollout.token_ids])
                     name = f"{number}/{sample}/{group.prompt.prompt_id}"
-                    prompts.append(replace(group.prompt, prompt_id=name, token_ids=token_ids))
+                    left = self.max_new_tokens - len(rollout.token_ids)
+                    prompts.append(replace(group.prompt, prompt_id=name, token_ids=token_ids, max_new_tokens=left))
         return prompts
 
     def extend(self, more: list[RolloutGroup]) -> None:
         """Take in one sample of each of `continuations()`, in their order."""
         parts = iter(more)
-        self._groups = [
-            replace(
-                group,
-                rollouts=tuple(
-                    _joined(rollout, next(parts)) if self._goes_on(rollout) else rollout for rollout in group.rollouts
-                ),
-            )
-            for group in self._groups
-        ]
+        self._change(self._goes_on, lambda rollout: _joined(rollout, next(parts)))
         assert next(parts, None) is None
+
+    def turns(self) -> list[tuple[Prompt, Rollout]]:
+        """The completions whose last turn has ended and that the environment has yet to answer."""
+        return [(g.prompt, rollout) for g in self._groups for rollout in g.rollouts if self._awaits_reply(rollout)]
+
+    def reply(self, replies: list[Reply]) -> None:
+        """Take in an answer to each of `turns()`, in their order."""
+        given = iter(replies)
+        self._change(self._awaits_reply, lambda rollout: self._answered(rollout, next(given)))
+        assert next(given, None) is None
 
     def take(self, wanted: int) -> list[RolloutGroup]:
         """Remove and return the `wanted` oldest complete groups."""
@@ -73,11 +79,41 @@ class Unfinished:
         self._groups = [group for group in self._groups if id(group) not in taken]
         return complete
 
+    def _change(self, which: Callable[[Rollout], bool], change: Callable[[Rollout], Rollout]) -> None:
+        self._groups = [
+            replace(group, rollouts=tuple(change(r) if which(r) else r for r in group.rollouts))
+            for group in self._groups
+        ]
+
     def _goes_on(self, rollout: Rollout) -> bool:
         return rollout.finish_reason == "length" and len(rollout.token_ids) < self.max_new_tokens
 
+    def _awaits_reply(self, rollout: Rollout) -> bool:
+        size = len(rollout.token_ids)
+        told_to_end = bool(rollout.replies) and rollout.replies[-1].end == size
+        ended = rollout.finish_reason == "stop" and not told_to_end
+        return ended and rollout.num_turns < self.max_turns and size < self.max_new_tokens
+
     def _is_complete(self, group: RolloutGroup) -> bool:
-        return not any(self._goes_on(rollout) for rollout in group.rollouts)
+        return not any(self._goes_on(rollout) or self._awaits_reply(rollout) for rollout in group.rollouts)
+
+    def _answered(self, rollout: Rollout, reply: Reply) -> Rollout:
+        """The rollout with the reply's tokens, as many as there is room for."""
+        replies = (*rollout.replies, reply)
+        if not reply.messages:
+            return replace(rollout, replies=replies)
+        token_ids = torch.cat([rollout.token_ids, reply.token_ids])[: self.max_new_tokens]
+        added = len(token_ids) - len(rollout.token_ids)
+        version = torch.full((added,), rollout.policy_version)
+        return replace(
+            rollout,
+            token_ids=token_ids,
+            loss_mask=torch.cat([rollout.loss_mask, torch.zeros(added, dtype=torch.bool)]),
+            sampler_logprobs=torch.cat([rollout.sampler_logprobs, torch.zeros(added)]),
+            token_versions=torch.cat([_versions(rollout), version]),
+            finish_reason="length",
+            replies=replies,
+        )
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Everything in flight, as JSON holds it: float32 survives Python's float64 unchanged."""
@@ -93,6 +129,7 @@ class Unfinished:
                         "finish_reason": rollout.finish_reason,
                         "policy_version": rollout.policy_version,
                         "routed_experts": _encoded(rollout.routed_experts),
+                        "replies": [vars(r) | {"token_ids": r.token_ids.tolist()} for r in rollout.replies],
                     }
                     for rollout in group.rollouts
                 ],
@@ -153,12 +190,12 @@ def _joined(begun: Rollout, group: RolloutGroup) -> Rollout:
 
 
 def _joined_experts(begun: Rollout, group: RolloutGroup) -> Tensor | None:
-    """A token keeps the experts of when the one after it was drawn. The last one that was begun had none yet: the
-    continuation has computed it, as its prompt's last."""
+    """A token keeps the experts of when the one after it was drawn. The last one that was begun, and a reply to it, had
+    none yet: the continuation has computed them, as the end of its prompt."""
     first, last, rest = begun.routed_experts, group.prompt_routed_experts, group.rollouts[0].routed_experts
     if first is None or last is None or rest is None:
         return None
-    return torch.cat([first, last[-1:], rest])
+    return torch.cat([first, last[len(first) - len(begun.token_ids) :], rest])
 
 
 def _encoded(experts: Tensor | None) -> list[Any] | None:
@@ -178,13 +215,21 @@ def _decoded(state: list[Any] | None) -> Tensor | None:
 
 def _loaded(prompt_id: str, state: dict[str, Any]) -> Rollout:
     token_ids = torch.tensor(state["token_ids"], dtype=torch.int64)
+    replies = tuple(
+        Reply(**{**reply, "token_ids": torch.tensor(reply["token_ids"], dtype=torch.int64)})
+        for reply in state["replies"]
+    )
+    loss_mask = torch.ones(len(token_ids), dtype=torch.bool)
+    for reply in replies:
+        loss_mask[reply.start : reply.end] = False
     return Rollout(
         prompt_id=prompt_id,
         token_ids=token_ids,
-        loss_mask=torch.ones(len(token_ids), dtype=torch.bool),
+        loss_mask=loss_mask,
         sampler_logprobs=torch.tensor(state["sampler_logprobs"], dtype=torch.float32),
         finish_reason=state["finish_reason"],
         policy_version=state["policy_version"],
         token_versions=torch.tensor(state["token_versions"], dtype=torch.int64),
         routed_experts=_decoded(state["routed_experts"]),
+        replies=replies,
     )

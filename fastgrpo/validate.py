@@ -46,6 +46,7 @@ def _choices(config: Config) -> None:
     _one_of("algorithm.importance_level", algorithm.importance_level, ("none", "token", "sequence"))
     _one_of("algorithm.importance_mode", algorithm.importance_mode, ("truncate", "mask"))
     _one_of("algorithm.reference.schedule", algorithm.reference.schedule, ("fixed", "refresh", "ema"))
+    _one_of("environment.on_error", config.environment.on_error, ("fail", "tell"))
     _one_of("train.lr_schedule", config.train.lr_schedule, ("constant", "linear", "cosine"))
     _one_of("learner.kind", config.learner.kind, ("torch", "megatron"))
     _one_of("learner.activation_checkpoint", config.learner.activation_checkpoint, ("none", "selective", "full"))
@@ -83,6 +84,8 @@ _AT_LEAST: dict[str, float] = {
     "train.moe_aux_loss_coef": 0,
     "train.max_nonfinite_updates": 1,
     "learner.max_tokens_per_microbatch": 1,
+    "environment.max_turns": 1,
+    "environment.num_workers": 0,
     "sampler.max_sequences": 1,
     "sampler.oversample": 0,
     "sampler.round_tokens": 1,
@@ -116,6 +119,7 @@ _ABOVE_ZERO = (
     "algorithm.importance_cap",
     "model.lora.alpha",
     "reward.timeout_s",
+    "environment.timeout_s",
     "cluster.memory_gb",
 )
 _SHARES = (
@@ -315,12 +319,6 @@ def _oversampling(config: Config) -> None:
         refuse("sampler.oversample", sampler.oversample, "algorithm.dynamic_sampling draws again by itself; use one")
     if sampling.min_new_tokens:
         refuse("sampling.min_new_tokens", sampling.min_new_tokens, "sampler.oversample draws in rounds; use 0")
-    if sampling.max_new_tokens % sampler.round_tokens:
-        refuse(
-            "sampler.round_tokens",
-            sampler.round_tokens,
-            f"with sampler.oversample use a divisor of sampling.max_new_tokens={sampling.max_new_tokens}",
-        )
 
 
 def _places(config: Config) -> None:

@@ -60,6 +60,7 @@ def test_ledger_charges_each_part_its_own_time():
         "time/update_s": 0.305,
         "time/share_s": 0.0,
         "time/checkpoint_s": 0.0,
+        "time/environment_s": 0.0,
         "time/eval_s": 0.0,
         "time/other_s": 0.1,
         "time/total_s": 2.475,
@@ -113,7 +114,7 @@ def test_ledger_synchronizes_before_each_border():
 
 
 def test_ledger_refuses_an_unknown_part():
-    with pytest.raises(ValueError, match="'sampling' is none of generate, reward"), Ledger()("sampling"):
+    with pytest.raises(ValueError, match="'sampling' is none of generate, environment, reward"), Ledger()("sampling"):
         pass
 
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastgrpo"
 # Everyone may import these; they import none of the rooms.
-OPEN = {"types", "config", "seeding", "ranks", "parcel"}
+OPEN = {"types", "config", "conversation", "seeding", "ranks", "parcel"}
 MAY_IMPORT = {
     "kernels": set(),
     "models": {"kernels"},
@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "data": set(),
     "functions": set(),
     "rewards": {"functions"},
+    "environment": {"functions"},
     "sampler": {"kernels", "models"},
     "learner": {"kernels", "models", "algorithms"},
 }

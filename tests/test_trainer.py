@@ -26,7 +26,7 @@ from fastgrpo.samplers import make_sampler
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import compute_advantages, train
 
-PARTS = ("generate", "reward", "logprobs", "update", "share", "checkpoint", "eval", "other")
+PARTS = ("generate", "environment", "reward", "logprobs", "update", "share", "checkpoint", "eval", "other")
 
 
 @contextmanager

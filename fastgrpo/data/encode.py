@@ -22,7 +22,7 @@ def encode(tokenizer: Any, texts: list[str], places: list[str], *, special_token
         ids.extend(list(row) for row in batch["input_ids"])
     for text, row, place in zip(texts, ids, places, strict=True):
         if not row:
-            raise UserError(f"{place}: the tokenizer makes no token of the prompt {text!r:.60}; give another")
+            raise UserError(f"{place}: the tokenizer makes no token of {text!r:.60}; give another text")
         if special_tokens and row[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
             raise UserError(
                 "the tokenizer puts its end token behind every prompt, so that the model has nothing to answer; "
@@ -44,7 +44,7 @@ def _refuse_lost_characters(tokenizer: Any, texts: list[str], places: list[str])
         if lost:
             raise UserError(
                 f"{place}: the tokenizer cannot encode {', '.join(map(repr, lost))}; "
-                f"remove it from the prompt or use a tokenizer that knows it"
+                f"remove it or use a tokenizer that knows it"
             )
 
 

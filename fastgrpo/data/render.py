@@ -14,7 +14,7 @@ class Renderer:
     def __init__(self, config: DataConfig, tokenizer: Any) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self.chat = bool(config.chat_template and getattr(tokenizer, "chat_template", None))
+        self.chat = uses_chat_template(config, tokenizer)
         why = "data.chat_template=false" if not config.chat_template else "a tokenizer without a chat template"
         self._no_chat = f"{why} cannot use"
         if config.system_prompt is not None and not self.chat:
@@ -40,13 +40,23 @@ class Renderer:
             if messages[0]["role"] == "system":
                 raise UserError(f"{column} has a system message of its own; remove data.system_prompt")
             messages = [{"role": "system", "content": self._config.system_prompt}, *messages]
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._config.chat_template_kwargs
-            )
-        except Exception as error:  # the template is a program of the model's author
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"{column}: the chat template refuses it ({reason}); change the messages") from error
+        return apply_template(self._tokenizer, messages, self._config, column)
+
+
+def uses_chat_template(config: DataConfig, tokenizer: Any) -> bool:
+    """Whether there is a chat template and it is to be applied."""
+    return bool(config.chat_template and getattr(tokenizer, "chat_template", None))
+
+
+def apply_template(tokenizer: Any, messages: list[dict[str, Any]], config: DataConfig, place: str) -> str:
+    """The messages as text, up to where the assistant begins. Raises UserError, naming the place, where it refuses."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs
+        )
+    except Exception as error:  # the template is a program of the model's author
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{place}: the chat template refuses it ({reason}); change the messages") from error
 
 
 def _check_messages(prompt: Any, column: str) -> None:

@@ -73,6 +73,14 @@ def _import_error(error: BaseException, path: str, key: str, mend: str) -> BaseE
     return UserError(f"{key}={path} does not import ({reason}); {mend}")
 
 
+def name_of(function: Any, what: str) -> str:
+    """A name for a callable that came without a path. Raises UserError where it is none."""
+    if not callable(function):
+        raise UserError(f"the {what} is a {type(function).__name__} ({function!r:.40}); give a function")
+    unwrapped = inspect.unwrap(getattr(function, "func", function))
+    return getattr(unwrapped, "__name__", type(unwrapped).__name__)
+
+
 def describe(
     function: Callable[..., Any],
     *,

@@ -4,11 +4,11 @@ CSS = """
 :root { color-scheme: light dark;
   --page:#fafaf8; --sheet:#fff; --ink:#1d2125; --soft:#5b646d; --rule:#e2e4e6; --grid:#ecedef; --wash:#f3f4f4;
   --blue:#0a6ab0; --orange:#c76a00; --green:#00805c; --sky:#4aa3d8; --purple:#b0588c; --red:#c24a00;
-  --yellow:#d8b500; --gray:#9aa2aa; --good:#00704f; --bad:#b03a00; }
+  --yellow:#d8b500; --gray:#9aa2aa; --brown:#8a6a3c; --good:#00704f; --bad:#b03a00; }
 @media (prefers-color-scheme: dark) { :root {
   --page:#121416; --sheet:#191c1f; --ink:#e4e6e8; --soft:#9aa3ab; --rule:#2c3136; --grid:#24292d; --wash:#212529;
   --blue:#5aaee8; --orange:#e8a04a; --green:#3dbb93; --sky:#8fcbf0; --purple:#dc94bd; --red:#ec7f45;
-  --yellow:#ecd66a; --gray:#727b84; --good:#4cc9a0; --bad:#f0915f; } }
+  --yellow:#ecd66a; --gray:#727b84; --brown:#c7a46a; --good:#4cc9a0; --bad:#f0915f; } }
 * { box-sizing:border-box; margin:0 }
 html { -webkit-text-size-adjust:100% }
 body { background:var(--page); color:var(--ink); font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,

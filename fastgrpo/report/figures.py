@@ -11,10 +11,11 @@ from fastgrpo.report.charts import Chart, Line
 from fastgrpo.report.series import Buckets, Row, Values, column, duration, number, show
 
 PART_COLORS = dict(
-    zip((*PARTS, "other"), ("blue", "orange", "sky", "green", "yellow", "red", "purple", "gray"), strict=True)
+    zip((*PARTS, "other"), ("blue", "brown", "orange", "sky", "green", "yellow", "red", "purple", "gray"), strict=True)
 )
 PART_MEANINGS = {
     "generate": "sampling completions",
+    "environment": "waiting for the environment",
     "reward": "scoring them",
     "logprobs": "old and reference logprobs",
     "update": "forward, backward, optimizer",
@@ -28,6 +29,7 @@ PLAIN_CHARTS: list[tuple[str, str, bool, list[tuple[str, str]]]] = [
     ("KL to the reference", "real", True, [("KL", "kl")]),
     ("Entropy", "real", True, [("entropy", "entropy")]),
     ("Truncated completions", "percent", True, [("cut at the limit", "truncated_fraction")]),
+    ("Turns of the policy", "real", True, [("mean", "turns/mean"), ("longest conversation", "turns/max")]),
     ("Groups of equal rewards", "percent", True, [("no signal", "groups/constant_fraction")]),
     (
         "Clipped tokens",

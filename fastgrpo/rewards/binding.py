@@ -11,14 +11,21 @@ from fastgrpo.rewards.contract import RewardFunction
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A group as plain values. Example: Sample(prompt_id="train/17", prompt="2+3=", answer="5", metadata={},
-    completions=["5", "6"], token_ids=[[8, 2], [9, 2]], finish_reasons=["stop", "stop"])."""
+    """A group as plain values.
+
+    Example: Sample(prompt_id="train/17", prompt="2+3=", answer="5", metadata={}, completions=["5", "6"],
+                    conversations=[[{"role": "assistant", "content": "5"}], [{"role": "assistant", "content": "6"}]],
+                    token_ids=[[8, 2], [9, 2]], finish_reasons=["stop", "stop"])
+    """
 
     prompt_id: str
     prompt: str
     answer: Any
     metadata: dict[str, Any]
     completions: list[str]
+    """With an environment the policy's last turns."""
+    conversations: list[list[dict[str, str]]]
+    """Everything said after the prompt."""
     token_ids: list[list[int]]
     finish_reasons: list[str]
 
@@ -34,10 +41,8 @@ def bind(function: RewardFunction, sample: Sample) -> list[dict[str, Any]]:
 
 def _own_arguments(function: RewardFunction, sample: Sample) -> list[dict[str, Any]]:
     """What differs between the calls."""
+    values = (sample.completions, sample.conversations, sample.token_ids, sample.finish_reasons)
     if function.per_group:
-        values = [(sample.completions, sample.token_ids, sample.finish_reasons)]
-        names = ("completions", "token_ids", "finish_reasons")
-    else:
-        values = list(zip(sample.completions, sample.token_ids, sample.finish_reasons, strict=True))  # type: ignore[arg-type]
-        names = ("completion", "token_ids", "finish_reason")
-    return [dict(zip(names, row, strict=True)) for row in values]
+        return [dict(zip(("completions", "conversations", "token_ids", "finish_reasons"), values, strict=True))]
+    names = ("completion", "conversation", "token_ids", "finish_reason")
+    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RewardConfig, UserError
+from fastgrpo.conversation import conversation, last_turn
 from fastgrpo.functions.contract import Failure, Unusable
+from fastgrpo.functions.loading import name_of
 from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor, Ticket
 from fastgrpo.rewards.binding import Sample, bind
 from fastgrpo.rewards.contract import RewardFunction, StepRewards
@@ -77,7 +78,7 @@ class Rewards:
     def score(self, groups: list[RolloutGroup], decode: Callable[[Tensor], str]) -> ScoreResult:
         """Calls the functions on all groups at once and sums their values by weight.
 
-        `decode` turns a completion's token_ids (R,) into the text that the functions see.
+        `decode` turns token ids into the text that the functions see.
         Raises UserError where a function returns what is no reward, and under reward.on_error=fail where it raises
         or exceeds reward.timeout_s.
         """
@@ -102,6 +103,7 @@ class Rewards:
                     answer=prompt.answer,
                     metadata=prompt.metadata,
                     completions=["0"] * group_size,
+                    conversations=[[{"role": "assistant", "content": "0"}]] * group_size,
                     token_ids=[[0]] * group_size,
                     finish_reasons=["stop"] * group_size,
                 )
@@ -183,10 +185,7 @@ def _load(config: RewardConfig, function: Callable[..., Any] | None) -> list[Rew
     if function is None:
         functions = [load_reward(config.path, **main)]
     else:
-        if not callable(function):
-            raise UserError(f"the reward is a {type(function).__name__} ({function!r:.40}); give a function")
-        unwrapped = inspect.unwrap(getattr(function, "func", function))
-        name = getattr(unwrapped, "__name__", type(unwrapped).__name__)
+        name = name_of(function, "reward")
         functions = [describe_reward(function, path=name, key="reward", **main)]
     for name, term in config.extra.items():
         key = f"reward.extra.{name}.path"
@@ -200,12 +199,14 @@ def _load(config: RewardConfig, function: Callable[..., Any] | None) -> list[Rew
 
 
 def _sample(group: RolloutGroup, decode: Callable[[Tensor], str]) -> Sample:
+    conversations = [conversation(rollout, decode) for rollout in group.rollouts]
     return Sample(
         prompt_id=group.prompt.prompt_id,
         prompt=group.prompt.text,
         answer=group.prompt.answer,
         metadata=group.prompt.metadata,
-        completions=[decode(rollout.token_ids) for rollout in group.rollouts],
+        completions=[last_turn(messages) for messages in conversations],
+        conversations=conversations,
         token_ids=[rollout.token_ids.tolist() for rollout in group.rollouts],
         finish_reasons=[rollout.finish_reason for rollout in group.rollouts],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo.types import LogprobContract, SamplingParams
+from fastgrpo.types import LogprobContract, Prompt, SamplingParams
 
 UNITS = 1 << 52
 """In which draws count a probability of 1."""
@@ -17,6 +17,12 @@ def contract_of(params: SamplingParams) -> LogprobContract:
     return LogprobContract(
         temperature=params.temperature or 1.0, top_p=params.top_p, top_k=params.top_k, renormalized=cut
     )
+
+
+def max_new_tokens(prompt: Prompt, params: SamplingParams) -> int:
+    """The most tokens a completion of this prompt may have."""
+    own = prompt.max_new_tokens
+    return params.max_new_tokens if own is None else min(own, params.max_new_tokens)
 
 
 def draw(

@@ -30,6 +30,11 @@ class Sampler(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Let go of what was kept of earlier prompts to go on from. Between two calls of it the prompts that begin like
+        one that was drawn for are computed from where they differ; after it a rollout is what it would be in a process
+        that never drew another."""
+
     def weight_slices(self) -> list[WeightSlice]:
         """What this rank samples with, as views that may be written to; fastgrpo/weights.py keeps them the policy's."""
         ...

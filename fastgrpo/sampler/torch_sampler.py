@@ -17,7 +17,7 @@ from fastgrpo.models import storage
 from fastgrpo.models.attention import PackedAttention
 from fastgrpo.models.decoder import Decoder, hidden_states
 from fastgrpo.models.hf import CausalLM
-from fastgrpo.sampler.draw import contract_of, draw
+from fastgrpo.sampler.draw import contract_of, draw, max_new_tokens
 from fastgrpo.sampler.expert_record import ExpertRecord, recording
 from fastgrpo.sampler.group_cache import GroupCache
 from fastgrpo.seeding import derive_seed
@@ -51,6 +51,9 @@ class TorchSampler:
         hidden = hidden_states(self.model, token_ids, positions, attend)  # (P, H)
         logprobs = self.model.lm_head(hidden[:-1]).float().log_softmax(-1)  # (P - 1, V)
         return logprobs.gather(-1, token_ids[1:, None])[:, 0].cpu()
+
+    def forget(self) -> None:
+        """Nothing is kept."""
 
     def sleep(self) -> None:
         """Nothing to give back: the cache lives within generate."""
@@ -87,12 +90,14 @@ class TorchSampler:
         record: ExpertRecord | None,
     ) -> Iterator[RolloutGroup]:
         device = self.model.device
-        num_rows, limit = len(prompts) * num_samples, params.max_new_tokens
+        limits = torch.tensor([max_new_tokens(prompt, params) for prompt in prompts], device=device)
+        limits = limits.repeat_interleave(num_samples)  # (R,)
+        num_rows, limit = len(limits), int(limits.max())
         uniforms = _uniforms(prompts, num_samples, limit, seed).to(device)
         stops = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)
         tokens = torch.zeros(num_rows, limit, dtype=torch.int64, device=device)
         logprobs = torch.zeros(num_rows, limit, device=device)
-        lengths = torch.full((num_rows,), limit, dtype=torch.int64, device=device)
+        lengths = limits.clone()
         stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
 
         decoder = Decoder(self.model, pack_for=num_rows)
@@ -105,14 +110,14 @@ class TorchSampler:
             forbidden = stops if position < params.min_new_tokens and len(stops) else None
             drawn, drawn_logprobs = draw(logits, uniforms[rows, position], params, forbidden)
             tokens[rows, position], logprobs[rows, position] = drawn, drawn_logprobs
-            ends = torch.isin(drawn, stops) & ~stopped[rows]
+            ends = torch.isin(drawn, stops) & ~stopped[rows] & (position < limits[rows])
             lengths[rows[ends]] = position + 1
             stopped[rows] |= ends
-            num_stopped = int(stopped[rows].sum())
-            if num_stopped == len(rows) or position == limit - 1:
+            going = ~stopped[rows] & (position + 1 < limits[rows])
+            num_going = int(going.sum())
+            if num_going == 0:
                 break
-            if num_stopped >= DROP_SHARE * len(rows):
-                going = ~stopped[rows]
+            if len(rows) - num_going >= DROP_SHARE * len(rows):
                 rows, drawn = rows[going], drawn[going]
                 cache.keep(going)
             hidden = decoder.hidden_states(drawn, cache.positions(), cache)

@@ -191,8 +191,7 @@ def test_nothing_left_to_train_on(tokenizer, jsonl):
 def test_characters_that_the_tokenizer_does_not_know(tokenizer_like, jsonl, unk):
     path = jsonl([ROW, {"question": "1 é+×", "answer": 1}])
     assert error_of(tokenizer_like(unk=unk), path) == (
-        f"{path} line 2: the tokenizer cannot encode '×', 'é'; "
-        "remove it from the prompt or use a tokenizer that knows it"
+        f"{path} line 2: the tokenizer cannot encode '×', 'é'; remove it or use a tokenizer that knows it"
     )
     space = jsonl([{"question": "1 2", "answer": 1}])
     assert "cannot encode ' '" in error_of(tokenizer_like(characters="12", unk=unk), space)

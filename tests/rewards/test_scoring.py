@@ -196,8 +196,9 @@ def test_check_finds_a_parameter_that_nothing_fills(prompt):
         with pytest.raises(UserError) as error:
             rewards.check(prompt(topic="sums"))
     assert str(error.value) == (
-        "reward=bad asks for `level`, which is neither one of completion, prompt, answer, metadata, token_ids, "
-        "finish_reason nor a column of the data (topic); rename it, give it a default or set reward.kwargs.level"
+        "reward=bad asks for `level`, which is neither one of completion, prompt, answer, metadata, "
+        "conversation, token_ids, finish_reason nor a column of the data (topic); rename it, give it a default or "
+        "set reward.kwargs.level"
     )
 
 

@@ -18,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from fastgrpo.models.experts import choice_dtype, layers_with_experts
 from fastgrpo.ranks import Ranks
-from fastgrpo.sampler.draw import contract_of
+from fastgrpo.sampler.draw import contract_of, max_new_tokens
 from fastgrpo.sampler.vllm.engine import Engine, EngineError, EngineSettings
 from fastgrpo.sampler.vllm.peers import end_together
 from fastgrpo.seeding import derive_seed
@@ -29,11 +29,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One completion to draw. Example: Request(name="0/3", prompt_ids=[5, 9, 2], params=SamplingParams(), seed=7)."""
+    """One completion to draw. Example: Request(name="0/3", prompt_ids=[5, 9, 2], params=SamplingParams(),
+    max_tokens=256, seed=7)."""
 
     name: str
     prompt_ids: list[int]
     params: SamplingParams
+    max_tokens: int
     seed: int
 
     def for_vllm(self) -> tuple[list[int], VLLMParams]:
@@ -43,8 +45,8 @@ class Request:
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
-            max_tokens=params.max_new_tokens,
-            min_tokens=params.min_new_tokens,
+            max_tokens=self.max_tokens,
+            min_tokens=min(params.min_new_tokens, self.max_tokens),
             stop_token_ids=list(params.stop_token_ids),
             ignore_eos=True,  # vLLM's own idea of an end; ours are stop_token_ids
             seed=self.seed,
@@ -73,6 +75,8 @@ class VLLMSampler:
     ) -> None:
         self.settings, self.offer, self.max_restarts, self.notify = settings, offer, max_restarts, notify
         self.policy_version = 0
+        self._cached_version: int | None = None
+        """Whose keys the prefix cache holds; None: it is to be emptied first."""
         self.refill: Callable[[], None] = lambda: None
         """Called when a rebuilt engine has memory of its own to fill with the policy; fastgrpo/weights.py does."""
         self.engine = Engine(settings, offer())
@@ -113,6 +117,7 @@ class VLLMSampler:
                 name=f"{i}/{sample}",
                 prompt_ids=prompt.token_ids.tolist(),
                 params=params,
+                max_tokens=max_new_tokens(prompt, params),
                 seed=derive_seed(seed, prompt.prompt_id, sample),
             )
             for i, prompt in enumerate(prompts)
@@ -126,10 +131,16 @@ class VLLMSampler:
             groups.append(self._with_experts(group, of_prompt) if params.return_routed_experts else group)
         return groups
 
+    def forget(self) -> None:
+        """Empty the prefix cache. An evaluation's keys would not be wrong in the step that follows, but change how its
+        prompts are computed, so that a resumed run could round another way."""
+        self._cached_version = None
+
     def score(self, token_ids: Tensor) -> Tensor:
         """(P,) token ids -> (P - 1,) float32: each token's logprob after those before it, at temperature 1."""
         params = VLLMParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
         requests = {"score": (token_ids.tolist(), params)}
+        self.forget()  # weights may have moved under the same version
         output = self._with_restarts(lambda: self._complete(requests))["score"]
         assert isinstance(output.prompt_logprobs, FlatLogprobs)
         return torch.tensor(output.prompt_logprobs.logprobs)
@@ -148,9 +159,9 @@ class VLLMSampler:
         self.engine.close()
 
     def _complete(self, requests: dict[str, tuple[list[int], VLLMParams]]) -> dict[str, RequestOutput]:
-        # Emptied before every use: keys of older weights are wrong, and those of an evaluation in between would change
-        # how a prompt is computed, so that a resumed run could round another way.
-        self.engine.reset_prefix_cache()
+        if self._cached_version != self.policy_version:
+            self.engine.reset_prefix_cache()
+            self._cached_version = self.policy_version
         return self.engine.run(requests)
 
     def _rollout(self, prompt: Prompt, output: RequestOutput) -> Rollout:

@@ -1,0 +1,45 @@
+"""What an environment says, as the tokens that the policy reads between two turns of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import DataConfig, UserError
+from fastgrpo.data.encode import encode
+from fastgrpo.data.render import apply_template, uses_chat_template
+
+# Stands for the policy's turn while the chat template is asked what follows one.
+TURN = "7d1f2c9e"
+
+
+class ReplyEncoder:
+    """Callable (messages, the policy's last token, whose reply it is, for errors) -> (E,) int64.
+
+    With a chat template: whatever the template writes after the policy's turn, the messages and what leads to the next
+    turn. The policy's own tokens are never made again from their text, so its logprobs stay those it drew them with.
+    Without one the messages' contents, one after the other.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._chat = uses_chat_template(config, tokenizer)
+
+    def __call__(self, messages: Sequence[dict[str, str]], last_token: int, place: str) -> Tensor:
+        """Raises UserError for what the template refuses or the tokenizer cannot encode."""
+        text = self._after_turn(messages, place) if self._chat else "".join(message["content"] for message in messages)
+        (ids,) = encode(self._tokenizer, [text], [place], special_tokens=False)
+        # The token that ended the policy's turn is what the template, too, puts behind one.
+        return torch.tensor(ids[1:] if self._chat and ids[0] == last_token else ids, dtype=torch.int64)
+
+    def _after_turn(self, messages: Sequence[dict[str, str]], place: str) -> str:
+        asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}, *messages]
+        text = apply_template(self._tokenizer, asked, self._config, place)
+        _, found, after = text.rpartition(TURN)
+        if not found:
+            raise UserError("environment: the chat template leaves out what the assistant said before; use another one")
+        return after

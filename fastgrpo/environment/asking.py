@@ -1,0 +1,142 @@
+"""Answers the policy's turns: calls the function, checks what comes back, applies the error policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import EnvironmentConfig, UserError
+from fastgrpo.conversation import Message, conversation, last_turn
+from fastgrpo.environment.contract import OFFERED, normalize
+from fastgrpo.functions.binding import arguments_of
+from fastgrpo.functions.contract import Failure, Unusable, UserFunction
+from fastgrpo.functions.loading import describe, load_function, name_of
+from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor
+from fastgrpo.types import Prompt, Reply, Rollout
+
+Encode = Callable[[Sequence[Message], int, str], Tensor]
+"""(messages, the policy's last token, whose reply it is) -> the tokens between the policy's turns."""
+
+
+class Environment:
+    """The configured function, ready to be called. A context manager: leaving it ends the workers.
+
+    Example:
+        with Environment(config.environment, encode, tokenizer.decode) as environment:
+            environment.check(prompts.train[0])
+            unfinished.reply(environment.replies(unfinished.turns()))
+    """
+
+    def __init__(
+        self,
+        config: EnvironmentConfig,
+        encode: Encode,
+        decode: Callable[[Tensor], str],
+        function: Callable[..., Any] | None = None,
+    ) -> None:
+        """`function` takes the place of environment.path. Raises UserError where it cannot be loaded or sent."""
+        self._config, self._encode, self._decode = config, encode, decode
+        self._function = _load(config, function)
+        self._executor: Executor
+        if config.num_workers == 0:
+            self._executor = ThreadExecutor([self._function], timeout_s=config.timeout_s)
+        else:
+            self._executor = ProcessExecutor(
+                [self._function],
+                by_path=[function is None],
+                num_workers=config.num_workers,
+                timeout_s=config.timeout_s,
+            )
+
+    def __enter__(self) -> Environment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes, also those in the middle of a call."""
+        self._executor.close()
+
+    def replies(self, turns: list[tuple[Prompt, Rollout]]) -> list[Reply]:
+        """What is said to each completion whose turn has ended, all asked at once.
+
+        Raises UserError where the function returns what is no reply, and under environment.on_error=fail where it
+        raises or exceeds environment.timeout_s.
+        """
+        said = [conversation(rollout, self._decode) for _, rollout in turns]
+        outcomes = self._call([prompt for prompt, _ in turns], said)
+        return [
+            self._reply(prompt, len(rollout.token_ids), int(rollout.token_ids[-1]), outcome)
+            for (prompt, rollout), outcome in zip(turns, outcomes, strict=True)
+        ]
+
+    def check(self, prompt: Prompt) -> None:
+        """Answers a made-up turn, so that a broken function ends the run before it starts. Raises UserError as
+        `replies` does."""
+        (outcome,) = self._call([prompt], [[{"role": "assistant", "content": "0"}]])
+        self._reply(prompt, 1, -1, outcome)
+
+    def _call(self, prompts: list[Prompt], said: list[list[Message]]) -> list[Any]:
+        calls = [
+            arguments_of(
+                self._function,
+                {
+                    "turn": last_turn(messages),
+                    "conversation": messages,
+                    "num_turns": sum(message["role"] == "assistant" for message in messages),
+                    "prompt": prompt.text,
+                    "answer": prompt.answer,
+                    "metadata": dict(prompt.metadata),
+                },
+                prompt.metadata,
+            )
+            for prompt, messages in zip(prompts, said, strict=True)
+        ]
+        # One batch of calls where one call can hold up or end the others, else one each.
+        batches = [calls] if self._function.is_async else [[call] for call in calls]
+        tickets = [self._executor.submit(0, batch) for batch in batches if batch]
+        return [outcome for ticket in tickets for outcome in ticket()]
+
+    def _reply(self, prompt: Prompt, start: int, last_token: int, outcome: Any) -> Reply:
+        where = f"{self._function.key}={self._function.path} on prompt {prompt.prompt_id}"
+        failure: Any = None
+        if isinstance(outcome, Failure):
+            failure = outcome.kind
+            outcome = [{"role": "user", "content": self._told(where, outcome)}]
+        if isinstance(outcome, Unusable):
+            raise UserError(f"{where} returned {outcome.shown}; return a text, a message {{role, content}} or None")
+        token_ids = self._encode(outcome, last_token, where) if outcome else torch.empty(0, dtype=torch.int64)
+        return Reply(start=start, token_ids=token_ids, messages=tuple(outcome), failure=failure)
+
+    def _told(self, where: str, failure: Failure) -> str:
+        """What the policy reads in place of a reply. Raises UserError where the run is to end instead."""
+        limit = self._config.timeout_s
+        if failure.kind == "refused":
+            raise UserError(f"{where}: {failure.message}")
+        if self._config.on_error == "fail":
+            late = failure.kind == "timeout"
+            what = f"exceeded environment.timeout_s={limit:g}" if late else f"raised {failure.message}"
+            mend = "raise the limit" if late else "mend the function"
+            raise UserError(f"{where} {what}; {mend} or set environment.on_error=tell")
+        return f"Error: timed out after {limit:g} s" if failure.kind == "timeout" else f"Error: {failure.message}"
+
+
+def _load(config: EnvironmentConfig, function: Callable[..., Any] | None) -> UserFunction:
+    key, path = "environment.path", config.path
+    if function is None:
+        assert path is not None
+        function = load_function(path, key)
+    else:
+        key, path = "environment", name_of(function, "environment")
+    return describe(
+        function,
+        path=path,
+        key=key,
+        kwargs=config.kwargs,
+        reserved=OFFERED,
+        contract=lambda names: (OFFERED, normalize),
+    )

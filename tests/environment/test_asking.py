@@ -1,0 +1,186 @@
+"""Environments: what their functions are given, what may come back, and what happens where they fail."""
+
+import time
+
+import pytest
+import torch
+
+from fastgrpo.config import EnvironmentConfig, UserError
+from fastgrpo.environment.asking import Environment
+from fastgrpo.types import Prompt, Reply, Rollout
+
+END = 0
+
+
+def encode(messages, last_token, place):
+    return torch.tensor([ord(c) for m in messages for c in f"{m['role'][0]}:{m['content']}"])
+
+
+def decode(token_ids):
+    return "".join(chr(i) for i in token_ids.tolist() if i != END)
+
+
+def said(text, *replies, prompt_id="train/3", **metadata):
+    prompt = Prompt(prompt_id=prompt_id, token_ids=torch.tensor([50]), text="2+3=", answer="5", metadata=metadata)
+    token_ids = torch.tensor([*map(ord, text), END])
+    mask = torch.ones(len(token_ids), dtype=torch.bool)
+    for reply in replies:
+        mask[reply.start : reply.end] = False
+    return prompt, Rollout(
+        prompt_id=prompt_id,
+        token_ids=token_ids,
+        loss_mask=mask,
+        sampler_logprobs=torch.zeros(len(token_ids)),
+        finish_reason="stop",
+        policy_version=0,
+        replies=replies,
+    )
+
+
+def ask(function, *turns, **config):
+    with Environment(EnvironmentConfig(**{"num_workers": 0, **config}), encode, decode, function) as environment:
+        return environment.replies(list(turns))
+
+
+def test_the_function_gets_what_it_asks_for():
+    seen = []
+
+    def respond(turn, conversation, num_turns, prompt, answer, metadata, level, tone="calm", **others):
+        seen.append((turn, conversation, num_turns, prompt, answer, metadata, level, tone, others))
+
+    reply = Reply(start=2, token_ids=torch.tensor([99, 99]), messages=({"role": "tool", "content": "no"},))
+    ask(respond, said("a\0??b", reply, level=3, source="x"), kwargs={"tone": "harsh"})
+    conversation = [
+        {"role": "assistant", "content": "a"},
+        {"role": "tool", "content": "no"},
+        {"role": "assistant", "content": "b"},
+    ]
+    metadata = {"level": 3, "source": "x"}
+    assert seen == [("b", conversation, 2, "2+3=", "5", metadata, 3, "harsh", {"source": "x"})]
+
+
+TOOL = {"role": "tool", "content": "42"}
+
+
+@pytest.mark.parametrize(
+    ("result", "messages"),
+    [
+        (None, ()),
+        ("more", ({"role": "user", "content": "more"},)),
+        (TOOL, (TOOL,)),
+        ([TOOL, {"role": "user", "content": "so?"}], (TOOL, {"role": "user", "content": "so?"})),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_function_may_return(result, messages, num_workers):
+    (reply,) = ask(lambda turn: result, said("ab"), num_workers=num_workers)
+    assert (reply.start, reply.messages, reply.failure) == (3, messages, None)
+    assert decode(reply.token_ids) == "".join(f"{m['role'][0]}:{m['content']}" for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [
+        (7, "7 (int)"),
+        ([], "[] (list)"),
+        ({"role": "tool"}, "{'role': 'tool'} (dict)"),
+        ({"role": "tool", "content": 4}, "{'role': 'tool', 'content': 4} (dict)"),
+        ({"role": "assistant", "content": "I"}, "{'role': 'assistant', 'content': 'I'} (dict)"),
+        ([TOOL, "text"], "[{'role': 'tool', 'content': '42'}, 'text'] (list)"),
+    ],
+)
+@pytest.mark.parametrize("on_error", ["fail", "tell"])
+def test_what_it_may_not_return(result, shown, on_error):
+    with pytest.raises(UserError) as error:
+        ask(lambda turn: result, said("a"), on_error=on_error)
+    assert str(error.value) == (
+        f"environment=<lambda> on prompt train/3 returned {shown}; return a text, a message {{role, content}} or None"
+    )
+
+
+def test_replies_come_in_the_order_of_the_turns():
+    def respond(turn):
+        time.sleep(0.05 * (turn == "a"))
+        return turn.upper()
+
+    replies = ask(respond, said("a"), said("b"), said("c"), num_workers=2)
+    assert [r.messages[0]["content"] for r in replies] == ["A", "B", "C"]
+    assert ask(respond) == []
+
+
+def test_async_functions_run_all_at_once():
+    async def respond(turn):
+        import asyncio
+
+        await asyncio.sleep(0.2)
+        return turn
+
+    begin = time.monotonic()
+    assert len(ask(respond, *[said("a")] * 50, num_workers=1, timeout_s=5)) == 50
+    assert time.monotonic() - begin < 8  # one after the other would take ten seconds
+
+
+def raises(turn):
+    if turn == "bad":
+        raise ValueError("no such thing")
+
+
+def hangs(turn):
+    while turn == "bad":
+        pass
+
+
+@pytest.mark.parametrize(
+    ("function", "fails", "told", "kind"),
+    [
+        (raises, "raised ValueError: no such thing (", "Error: ValueError: no such thing (", "error"),
+        (hangs, "exceeded environment.timeout_s=0.5; raise the limit", "Error: timed out after 0.5 s", "timeout"),
+    ],
+)
+def test_a_failure_ends_the_run_or_is_told_to_the_policy(function, fails, told, kind):
+    config = {"num_workers": 1, "timeout_s": 0.5}
+    with pytest.raises(UserError, match="on prompt train/3 ") as error:
+        ask(function, said("bad"), **config)
+    assert fails in str(error.value)
+    assert str(error.value).endswith("or set environment.on_error=tell")
+    bad, good = ask(function, said("bad"), said("good"), on_error="tell", **config)
+    assert bad.messages[0]["role"] == "user"
+    assert bad.messages[0]["content"].startswith(told)
+    assert (bad.failure, good.failure, good.messages) == (kind, None, ())
+
+
+def test_a_user_error_ends_the_run_under_every_policy():
+    def respond(turn):
+        raise UserError("the search index is not there; build it with make index")
+
+    with pytest.raises(UserError, match="on prompt train/3: the search index is not there"):
+        ask(respond, said("a"), on_error="tell")
+
+
+def test_a_broken_function_is_found_before_the_run(tmp_path):
+    file = tmp_path / "tools.py"
+    file.write_text("def respond(turn, level): return 3\n")
+    config = EnvironmentConfig(path=f"{file}:respond", num_workers=0)
+    with Environment(config, encode, decode) as environment:
+        prompt, _ = said("a")
+        with pytest.raises(UserError, match=r"environment.path=.* asks for `level`.* set environment.kwargs.level"):
+            environment.check(prompt)
+    config.kwargs = {"level": 1}
+    with (
+        Environment(config, encode, decode) as environment,
+        pytest.raises(UserError, match=r"returned 3 \(int\); return a text"),
+    ):
+        environment.check(prompt)
+    config.path = f"{file}:reply"
+    with pytest.raises(UserError, match=r"environment.path=.* has no 'reply'; it has respond"):
+        Environment(config, encode, decode)
+
+
+def test_workers_import_no_torch():
+    def respond(turn):
+        import sys
+
+        return str("torch" in sys.modules)
+
+    (reply,) = ask(respond, said("a"), num_workers=1)
+    assert reply.messages[0]["content"] == "False"
