@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastgrpo.batch_algebra import batch_algebra
 from fastgrpo.checkpoint import Checkpoint, Checkpoints, open_checkpoint
@@ -19,7 +18,7 @@ from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
 from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
 from fastgrpo.data.replies import ReplyEncoder
-from fastgrpo.environment.asking import Environment
+from fastgrpo.environment.asking import Environment, load_environment
 from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.protocol import Learner
@@ -164,9 +163,13 @@ def assemble(
         checkpoint = find_checkpoint(config, checkpoints, console.message)
         # What is quick to find wrong comes first: functions, then data, then weights.
         rewards = stack.enter_context(Rewards(config.reward, reward))
+        responds = load_environment(config.environment, environment)
         tokenizer, prompts = load_data(config)
         decode = partial(tokenizer.decode, skip_special_tokens=True)
-        answers = open_environment(stack, config, tokenizer, decode, environment)
+        answers = None
+        if responds is not None:
+            encode = ReplyEncoder(config.data, tokenizer)
+            answers = stack.enter_context(Environment(config.environment, responds, encode, decode))
         check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=only_evaluates)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         if answers is not None:
@@ -226,20 +229,6 @@ def assemble(
         )
         yield run
         run.phases.enter("rollout")  # an engine is closed awake, and needs the room that it had
-
-
-def open_environment(
-    stack: ExitStack,
-    config: Config,
-    tokenizer: Any,
-    decode: Callable[[Tensor], str],
-    function: Callable[..., Any] | None,
-) -> Environment | None:
-    """The environment, closed with the stack; None where none is configured. Raises UserError if it does not load."""
-    if config.environment.path is None and function is None:
-        return None
-    encode = ReplyEncoder(config.data, tokenizer)
-    return stack.enter_context(Environment(config.environment, encode, decode, function))
 
 
 def check_model(config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, *, needs_eval_prompts: bool) -> None:

@@ -129,7 +129,7 @@ class Unfinished:
                         "finish_reason": rollout.finish_reason,
                         "policy_version": rollout.policy_version,
                         "routed_experts": _encoded(rollout.routed_experts),
-                        "replies": [vars(r) | {"token_ids": r.token_ids.tolist()} for r in rollout.replies],
+                        "replies": [_told(reply) for reply in rollout.replies],
                     }
                     for rollout in group.rollouts
                 ],
@@ -213,12 +213,18 @@ def _decoded(state: list[Any] | None) -> Tensor | None:
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype).reshape(shape).copy())
 
 
+def _told(reply: Reply) -> dict[str, Any]:
+    return {**vars(reply), "token_ids": reply.token_ids.tolist(), "messages": list(reply.messages)}
+
+
+def _heard(state: dict[str, Any]) -> Reply:
+    token_ids = torch.tensor(state["token_ids"], dtype=torch.int64)
+    return Reply(**{**state, "token_ids": token_ids, "messages": tuple(state["messages"])})
+
+
 def _loaded(prompt_id: str, state: dict[str, Any]) -> Rollout:
     token_ids = torch.tensor(state["token_ids"], dtype=torch.int64)
-    replies = tuple(
-        Reply(**{**reply, "token_ids": torch.tensor(reply["token_ids"], dtype=torch.int64)})
-        for reply in state["replies"]
-    )
+    replies = tuple(map(_heard, state["replies"]))
     loss_mask = torch.ones(len(token_ids), dtype=torch.bool)
     for reply in replies:
         loss_mask[reply.start : reply.end] = False

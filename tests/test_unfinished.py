@@ -15,7 +15,7 @@ from fastgrpo.ranks import join_job
 from fastgrpo.rollout import collect, draw
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import train
-from fastgrpo.types import Prompt, Rollout, RolloutGroup
+from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup
 from fastgrpo.unfinished import Unfinished
 
 
@@ -92,6 +92,86 @@ def test_what_was_begun_without_experts_does_not_go_on_with_them():
     with pytest.raises(UserError, match=r"learner.router_replay=true: .* begun with false; resume with false"):
         unfinished.check_routed_experts(True)
     Unfinished(max_new_tokens=4).check_routed_experts(True)
+
+
+def reply(start, *tokens, content="no"):
+    messages = ({"role": "user", "content": content},) if tokens else ()
+    return Reply(start=start, token_ids=torch.tensor(tokens, dtype=torch.int64), messages=messages)
+
+
+def conversing():
+    """Limit 8, three turns: one completion has ended a turn, its sibling is cut in the middle of one."""
+    unfinished = Unfinished(max_new_tokens=8, max_turns=3)
+    unfinished.add([group("q", ([1, 2], "stop"), ([3, 4], "length"))])
+    return unfinished
+
+
+def test_a_reply_is_read_but_not_learned_from():
+    unfinished = conversing()
+    ((prompt, awaiting),) = unfinished.turns()
+    assert (prompt.prompt_id, awaiting.token_ids.tolist()) == ("q", [1, 2])
+    unfinished.reply([reply(2, 50, 51)])
+    assert unfinished.turns() == []
+    first, second = unfinished.continuations()
+    assert (first.token_ids.tolist(), first.max_new_tokens) == ([7, 8, 1, 2, 50, 51], 4)
+    assert (second.token_ids.tolist(), second.max_new_tokens) == ([7, 8, 3, 4], 6)
+    unfinished.extend([group("a", ([5, 6], "stop"), version=3), group("b", ([9], "stop"), version=3)])
+    assert [r.token_ids.tolist() for _, r in unfinished.turns()] == [[1, 2, 50, 51, 5, 6], [3, 4, 9]]
+    unfinished.reply([reply(6), reply(3)])  # the environment ends both
+    (done,) = unfinished.take(1)
+    said, other = done.rollouts
+    assert said.loss_mask.tolist() == [True, True, False, False, True, True]
+    torch.testing.assert_close(said.sampler_logprobs, torch.tensor([-0.1, -0.2, 0, 0, -0.5, -0.6]))
+    assert said.token_versions.tolist() == [0, 0, 0, 0, 3, 3]
+    assert (said.num_turns, other.num_turns) == (2, 1)
+    assert (said.finish_reason, other.finish_reason) == ("stop", "stop")
+
+
+def test_the_last_turn_and_the_limit_are_not_answered():
+    unfinished = Unfinished(max_new_tokens=4, max_turns=2)
+    unfinished.add([group("q", ([1], "stop"), ([2, 3, 4, 5], "stop"), ([6, 7], "length"))])
+    unfinished.reply([reply(1, 50)])
+    unfinished.extend([group("a", ([8], "stop")), group("b", ([9, 9], "stop"))])
+    assert unfinished.turns() == []
+    (done,) = unfinished.take(1)
+    assert [r.num_turns for r in done.rollouts] == [2, 1, 1]
+
+
+def test_a_reply_without_room_cuts_the_completion():
+    unfinished = Unfinished(max_new_tokens=4, max_turns=2)
+    unfinished.add([group("q", ([1, 2], "stop"))])
+    unfinished.reply([reply(2, 50, 51, 52)])
+    (done,) = unfinished.take(1)
+    (cut,) = done.rollouts
+    assert cut.token_ids.tolist() == [1, 2, 50, 51]
+    assert cut.loss_mask.tolist() == [True, True, False, False]
+    assert (cut.finish_reason, cut.num_turns) == ("length", 1)
+
+
+def test_conversations_survive_json():
+    unfinished, other = conversing(), Unfinished(max_new_tokens=8, max_turns=3)
+    unfinished.reply([reply(2, 50, 51, content="é")])
+    other.load_state_dict(json.loads(json.dumps(unfinished.state_dict())), [group("q").prompt])
+    assert other.state_dict() == unfinished.state_dict()
+    for each in (unfinished, other):
+        each.extend([group("a", ([5], "stop")), group("b", ([9], "stop"))])
+        assert len(each.turns()) == 2
+        _, said = each.turns()[0]
+        assert said.replies[0].messages == ({"role": "user", "content": "é"},)
+        assert said.loss_mask.tolist() == [True, True, False, False, True]
+
+
+def test_a_replys_tokens_have_the_experts_of_the_turn_that_read_them():
+    unfinished = Unfinished(max_new_tokens=9, max_turns=2)
+    unfinished.add([routed(group("q", ([2, 3], "stop")), prompt=[10, 11], completions=[[12]])])
+    unfinished.reply([reply(2, 50, 51)])
+    (prompt,) = unfinished.continuations()
+    more = group(prompt.prompt_id, ([9, 1], "stop"))
+    unfinished.extend([routed(more, prompt=[20, 21, 22, 23, 24, 25], completions=[[26]])])
+    (done,) = unfinished.take(1)
+    (said,) = done.rollouts
+    assert said.token_ids.tolist() == [2, 3, 50, 51, 9, 1]
+    assert said.routed_experts.flatten().tolist() == [12, 23, 24, 25, 26]
 
 
 def test_the_oldest_complete_groups_come_first():

@@ -17,38 +17,49 @@ from fastgrpo.functions.loading import describe, load_function, name_of
 from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor
 from fastgrpo.types import Prompt, Reply, Rollout
 
+PATH_KEY = "environment.path"
 Encode = Callable[[Sequence[Message], int, str], Tensor]
 """(messages, the policy's last token, whose reply it is) -> the tokens between the policy's turns."""
+
+
+def load_environment(config: EnvironmentConfig, function: Callable[..., Any] | None = None) -> UserFunction | None:
+    """The configured function, or `function` in its place; None where there is neither. Raises UserError where it does
+    not load, or does not ask for what the contract offers."""
+    key, path = PATH_KEY, config.path
+    if function is not None:
+        key, path = "environment", name_of(function, "environment")
+    elif path is not None:
+        function = load_function(path, key)
+    if function is None or path is None:
+        return None
+    contract = OFFERED, normalize
+    return describe(
+        function, path=path, key=key, kwargs=config.kwargs, reserved=OFFERED, contract=lambda names: contract
+    )
 
 
 class Environment:
     """The configured function, ready to be called. A context manager: leaving it ends the workers.
 
     Example:
-        with Environment(config.environment, encode, tokenizer.decode) as environment:
+        function = load_environment(config.environment)
+        with Environment(config.environment, function, encode, tokenizer.decode) as environment:
             environment.check(prompts.train[0])
             unfinished.reply(environment.replies(unfinished.turns()))
     """
 
     def __init__(
-        self,
-        config: EnvironmentConfig,
-        encode: Encode,
-        decode: Callable[[Tensor], str],
-        function: Callable[..., Any] | None = None,
+        self, config: EnvironmentConfig, function: UserFunction, encode: Encode, decode: Callable[[Tensor], str]
     ) -> None:
-        """`function` takes the place of environment.path. Raises UserError where it cannot be loaded or sent."""
-        self._config, self._encode, self._decode = config, encode, decode
-        self._function = _load(config, function)
+        """Raises UserError where the function cannot be sent to the workers."""
+        self._config, self._function, self._encode, self._decode = config, function, encode, decode
+        limit, by_path = config.timeout_s, [function.key == PATH_KEY]
         self._executor: Executor
         if config.num_workers == 0:
-            self._executor = ThreadExecutor([self._function], timeout_s=config.timeout_s)
+            self._executor = ThreadExecutor([function], timeout_s=limit)
         else:
             self._executor = ProcessExecutor(
-                [self._function],
-                by_path=[function is None],
-                num_workers=config.num_workers,
-                timeout_s=config.timeout_s,
+                [function], by_path=by_path, num_workers=config.num_workers, timeout_s=limit
             )
 
     def __enter__(self) -> Environment:
@@ -123,20 +134,3 @@ class Environment:
             mend = "raise the limit" if late else "mend the function"
             raise UserError(f"{where} {what}; {mend} or set environment.on_error=tell")
         return f"Error: timed out after {limit:g} s" if failure.kind == "timeout" else f"Error: {failure.message}"
-
-
-def _load(config: EnvironmentConfig, function: Callable[..., Any] | None) -> UserFunction:
-    key, path = "environment.path", config.path
-    if function is None:
-        assert path is not None
-        function = load_function(path, key)
-    else:
-        key, path = "environment", name_of(function, "environment")
-    return describe(
-        function,
-        path=path,
-        key=key,
-        kwargs=config.kwargs,
-        reserved=OFFERED,
-        contract=lambda names: (OFFERED, normalize),
-    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgrpo.config import EnvironmentConfig, UserError
-from fastgrpo.environment.asking import Environment
+from fastgrpo.environment.asking import Environment, load_environment
 from fastgrpo.types import Prompt, Reply, Rollout
 
 END = 0
@@ -37,8 +37,12 @@ def said(text, *replies, prompt_id="train/3", **metadata):
     )
 
 
-def ask(function, *turns, **config):
-    with Environment(EnvironmentConfig(**{"num_workers": 0, **config}), encode, decode, function) as environment:
+def opened(config, function=None):
+    return Environment(config, load_environment(config, function), encode, decode)
+
+
+def ask(function, *turns, **settings):
+    with opened(EnvironmentConfig(**{"num_workers": 0, **settings}), function) as environment:
         return environment.replies(list(turns))
 
 
@@ -161,19 +165,19 @@ def test_a_broken_function_is_found_before_the_run(tmp_path):
     file = tmp_path / "tools.py"
     file.write_text("def respond(turn, level): return 3\n")
     config = EnvironmentConfig(path=f"{file}:respond", num_workers=0)
-    with Environment(config, encode, decode) as environment:
+    with opened(config) as environment:
         prompt, _ = said("a")
         with pytest.raises(UserError, match=r"environment.path=.* asks for `level`.* set environment.kwargs.level"):
             environment.check(prompt)
     config.kwargs = {"level": 1}
     with (
-        Environment(config, encode, decode) as environment,
+        opened(config) as environment,
         pytest.raises(UserError, match=r"returned 3 \(int\); return a text"),
     ):
         environment.check(prompt)
     config.path = f"{file}:reply"
     with pytest.raises(UserError, match=r"environment.path=.* has no 'reply'; it has respond"):
-        Environment(config, encode, decode)
+        opened(config)
 
 
 def test_workers_import_no_torch():

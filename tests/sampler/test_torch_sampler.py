@@ -1,5 +1,7 @@
 """The torch sampler against a plain Hugging Face model that has no cache to get wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders import CONFIGS, make_model
@@ -47,6 +49,21 @@ def test_greedy_is_what_transformers_generates():
     for group in TorchSampler(make_model()).generate(make_prompts([5, 8]), 1, params, seed=0):
         expected = plain.generate(group.prompt.token_ids[None], max_new_tokens=12, do_sample=False, eos_token_id=1)
         assert group.rollouts[0].token_ids.tolist() == expected[0, len(group.prompt.token_ids) :].tolist()
+
+
+def test_a_prompts_own_limit_cuts_its_completions_alone():
+    params = SamplingParams(max_new_tokens=10, stop_token_ids=STOPS)
+    sampler, prompts = TorchSampler(make_model()), make_prompts([9, 3, 5])
+    free = tokens_of(sampler.generate(prompts, 8, params, seed=3))
+    limits = {"p0": 2, "p1": 99, "p2": 1}
+    bound = [replace(prompt, max_new_tokens=limits[prompt.prompt_id]) for prompt in prompts]
+    groups = sampler.generate(bound, 8, params, seed=3)
+    for prompt_id, cut in tokens_of(groups).items():
+        assert cut == [ids[: limits[prompt_id]] for ids in free[prompt_id]]
+    assert any(len(ids) > 2 for ids in free["p0"])
+    for group in groups:
+        for rollout in group.rollouts:
+            assert rollout.finish_reason == ("stop" if int(rollout.token_ids[-1]) in STOPS else "length")
 
 
 def tokens_of(groups):

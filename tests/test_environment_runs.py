@@ -1,0 +1,177 @@
+"""Whole runs with an environment: what the policy said is learned from, what it was told is not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import small_run
+
+import fastgrpo
+from fastgrpo.assemble import assemble
+from fastgrpo.config import UserError
+from fastgrpo.conversation import conversation
+from fastgrpo.main import compose, with_shorthands
+from fastgrpo.metrics import read_jsonl
+from fastgrpo.minibatch import make_minibatch
+from fastgrpo.ranks import join_job
+from fastgrpo.rollout import collect
+from fastgrpo.signals import StopRequest
+from fastgrpo.trainer import compute_advantages, train
+
+ENVIRONMENTS = Path(__file__).with_name("example_environments.py")
+# A random policy's bytes end a turn now and then.
+STOPS = f"sampling.stop_token_ids=[{','.join(map(str, range(2, 70)))}]"
+
+
+def options_of(model, *more, environment="echoes"):
+    path = f"environment.path={ENVIRONMENTS}:{environment}"
+    settings = (path, "environment.num_workers=0", STOPS, "sampling.max_new_tokens=24", "run.console=none")
+    return small_run(model, *settings, *more)
+
+
+def assembled(*options):
+    config, _ = compose("train", with_shorthands(list(options)))
+    return assemble(config, join_job())
+
+
+def trained(*options):
+    with assembled(*options) as run:
+        train(run, StopRequest(print))
+        return read_jsonl(run.run_dir / "metrics.jsonl")
+
+
+def test_completions_are_conversations(workplace, tiny_qwen2):
+    with assembled(*options_of(tiny_qwen2)) as run:
+        run.step = 1
+        groups, row = collect(run)
+        rollouts = [rollout for g in groups for rollout in g.group.rollouts]
+        assert {rollout.num_turns for rollout in rollouts} >= {1, 2, 3}
+        assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+        for rollout in rollouts:
+            size = len(rollout.token_ids)
+            assert size == len(rollout.loss_mask) == len(rollout.sampler_logprobs) <= 24
+            assert rollout.finish_reason == "stop" or size == 24
+            messages = conversation(rollout, run.decode)
+            for number, reply in enumerate(rollout.replies[:-1]):
+                turn, told = messages[2 * number], messages[2 * number + 1]
+                assert turn["role"] == "assistant"
+                assert told == {"role": "user", "content": f"<{len(turn['content'])}/{number + 1}>"}
+                assert not rollout.loss_mask[reply.start : reply.end].any()
+                assert run.decode(rollout.token_ids[reply.start : reply.end]) == told["content"]
+            told = sum(min(reply.end, size) - reply.start for reply in rollout.replies)
+            assert int(rollout.loss_mask.sum()) == size - told
+        assert row["turns/max"] == max(rollout.num_turns for rollout in rollouts) > row["turns/mean"] > 1
+        assert row["environment/length_mean"] > 0
+        assert row["environment/error_count"] == 0
+
+
+def test_every_turns_logprobs_are_the_policys_after_all_that_was_said(workplace, tiny_qwen2):
+    with assembled(*options_of(tiny_qwen2)) as run:
+        run.step = 1
+        groups, _ = collect(run)
+        for g in groups:
+            for rollout in g.group.rollouts:
+                ids = torch.cat([g.group.prompt.token_ids, rollout.token_ids])
+                scored = run.sampler.score(ids)[len(g.group.prompt.token_ids) - 1 :]
+                expected = torch.where(rollout.loss_mask, scored, 0.0)
+                torch.testing.assert_close(rollout.sampler_logprobs, expected, atol=2e-5, rtol=0)
+
+
+def test_the_policys_tokens_alone_are_learned_from(workplace, tiny_qwen2):
+    with assembled(*options_of(tiny_qwen2)) as run:
+        run.step = 1
+        groups, _ = collect(run)
+        groups = compute_advantages(run, groups)
+        batches = make_minibatch(run, groups)
+        rollouts = [rollout for g in groups for rollout in g.group.rollouts]
+        chosen = torch.cat([rollout.token_ids[rollout.loss_mask] for rollout in rollouts])
+        assert torch.equal(torch.cat([b.targets for b in batches]).sort().values, chosen.sort().values)
+        # One over all sequences, and in each the same for all of its tokens: the environment's count for nothing.
+        assert sum(float(b.token_weights.sum()) for b in batches) == pytest.approx(1.0, abs=1e-5)
+        # What was said after the policy's last word predicts nothing.
+        assert sum(b.num_tokens for b in batches) <= sum(
+            len(g.group.prompt.token_ids) + sum(int(r.loss_mask.nonzero()[-1]) for r in g.group.rollouts)
+            for g in groups
+        )
+
+
+def test_turns_and_the_limit_end_a_conversation(workplace, tiny_qwen2):
+    with assembled(*options_of(tiny_qwen2, "environment.max_turns=2", environment="always")) as run:
+        run.step = 1
+        groups, row = collect(run)
+        rollouts = [rollout for g in groups for rollout in g.group.rollouts]
+        assert row["turns/max"] == 2
+        assert any(r.num_turns == 2 and r.finish_reason == "stop" for r in rollouts)
+        assert all(len(r.replies) <= 1 for r in rollouts)
+
+
+def test_a_run_learns_and_evaluates_with_its_environment(workplace, tiny_qwen2):
+    rows = trained(*options_of(tiny_qwen2))
+    assert rows[1]["turns/mean"] > 1
+    assert rows[1]["sampler_mismatch/max_abs"] < 2e-5
+    assert rows[1]["response_length/mean"] + rows[1]["environment/length_mean"] <= 24
+    samples = read_jsonl(Path("run/samples.jsonl"))
+    assert any("[user]\n<" in sample["completion"] for sample in samples if sample["kind"] == "eval")
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tokens_"))} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("sampler.oversample=0.5", "sampler.round_tokens=5", "algorithm.importance_level=token")],
+    ids=["whole", "oversampled"],
+)
+def test_it_resumes_bit_by_bit(workplace, tiny_qwen2, more):
+    options = options_of(tiny_qwen2, *more, "train.num_steps=4", "checkpoint.every=1", "checkpoint.keep=9")
+    whole = trained(*options)
+    assert max(row["turns/max"] for row in whole[1:]) > 2
+    trained(*options, "run.dir=other")
+    again = trained(*options, "run.dir=other", "resume=other/checkpoints/step-000002")
+    assert without_clock(whole) == without_clock(again)
+
+
+def test_dynamic_sampling_and_process_rewards_take_conversations(workplace, tiny_qwen2):
+    rows = trained(
+        *options_of(tiny_qwen2, "algorithm.dynamic_sampling=true", "algorithm.max_resamples=2", "eval.every=0")
+    )
+    assert rows[-1]["turns/mean"] > 1
+
+
+def test_a_function_from_python(workplace, tiny_qwen2):
+    heard = []
+
+    def respond(turn, answer):
+        heard.append(answer)
+        return "no"
+
+    result = fastgrpo.train(
+        prompts=[{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(20)],
+        reward=lambda completion, conversation: len(conversation) % 3 + len(completion) % 2,
+        overrides=[
+            f"model.path={tiny_qwen2}",
+            "reward.num_workers=0",
+            "environment.num_workers=0",
+            "environment.max_turns=3",
+            *(STOPS, "sampling.max_new_tokens=24", "train.num_steps=1", "train.prompts_per_step=4", "eval.every=0"),
+            "run.console=none",
+        ],
+        environment=respond,
+    )
+    assert result.metrics[-1]["turns/max"] == 3
+    assert set(heard) <= {str(i + 1) for i in range(20)}
+    with pytest.raises(UserError, match=r"the environment is a int \(3\); give a function"):
+        fastgrpo.train(overrides=[f"model.path={tiny_qwen2}", "run.dir=other"], environment=3)
+
+
+def test_a_broken_environment_is_found_before_the_model_loads(workplace, tiny_qwen2):
+    with (
+        pytest.raises(UserError, match="raised RuntimeError: out of order"),
+        assembled(*options_of(tiny_qwen2, environment="raises")),
+    ):
+        pass
+    rows = trained(
+        *options_of(tiny_qwen2, "environment.on_error=tell", "environment.max_turns=2", environment="raises")
+    )
+    assert rows[1]["environment/error_count"] > 0
