@@ -84,6 +84,7 @@ class Pair:
 
     def generate(self, chosen=None, params=SAMPLING, seed: int = 5, num_samples: int = NUM_SAMPLES):
         chosen = prompts(6) if chosen is None else chosen
+        self.sampler.forget()
         return self.sampler.generate(chosen, num_samples, params, seed)
 
     def proof(self) -> str:
@@ -181,6 +182,39 @@ def sampling(pair: Pair) -> dict[str, Any]:
         for r in g.rollouts
     ]
     return result
+
+
+def continuing(pair: Pair) -> dict[str, Any]:
+    """Completions that go on after a reply, each with a limit of its own: from the keys that are there, and anew."""
+    oracle = AutoModelForCausalLM.from_pretrained(DIRECTORY / "qwen3", dtype=torch.float32)
+    run, cached = pair.sampler.engine.run, []
+
+    def counting(requests):
+        outputs = run(requests)
+        cached.append(sum(output.num_cached_tokens for output in outputs.values()))
+        return outputs
+
+    begun = pair.generate(prompts(5), num_samples=1)
+    reply = torch.arange(40, 45)
+    longer = [
+        replace(
+            group.prompt,
+            token_ids=torch.cat([group.prompt.token_ids, group.rollouts[0].token_ids, reply]),
+            max_new_tokens=1 + 4 * number,
+        )
+        for number, group in enumerate(begun)
+    ]
+    pair.sampler.engine.run = counting
+    groups = [pair.sampler.generate(longer, 1, SAMPLING, 5), pair.generate(longer, num_samples=1)]
+    pair.sampler.policy_version += 1
+    pair.sampler.generate(longer, 1, SAMPLING, 5)
+    del pair.sampler.engine.run
+    return {
+        "cached": cached,
+        "lengths": [[len(group.rollouts[0].token_ids) for group in each] for each in groups],
+        "errors": [logprob_error(oracle, each, SAMPLING) for each in groups],
+        "same": drawn(groups[0]) == drawn(groups[1]),
+    }
 
 
 @torch.no_grad()
@@ -427,6 +461,7 @@ def main() -> None:
     pair = Pair("qwen3")
     pair.exchange.share()
     results["sampling"] = sampling(pair)
+    results["continuing"] = continuing(pair)
     results["proofs"] = proofs(pair)
     results["failures"] = failures(pair)
     pair.sampler.close()

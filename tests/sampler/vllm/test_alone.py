@@ -44,6 +44,22 @@ def test_prompts_wait_where_one_step_cannot_take_them_all(alone):
     assert alone["sampling"]["crowded"] == 64
 
 
+def test_a_conversation_goes_on_from_the_keys_of_its_turns(alone):
+    found = alone["continuing"]
+    after, anew, of_new_weights = found["cached"]
+    assert after > 0
+    assert anew == of_new_weights == 0
+    assert found["same"]
+    assert max(found["errors"]) <= FLOAT32_TOLERANCE
+
+
+def test_every_prompt_has_its_own_limit(alone):
+    for lengths in alone["continuing"]["lengths"]:
+        assert all(length <= limit for length, limit in zip(lengths, (1, 5, 9, 12, 12), strict=True))
+        assert lengths[0] == 1
+        assert max(lengths) > 9
+
+
 def test_siblings_differ(alone):
     for completions in alone["sampling"]["drawn"].values():
         assert len({tuple(tokens) for tokens in completions}) == NUM_SAMPLES

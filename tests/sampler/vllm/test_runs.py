@@ -4,6 +4,7 @@ import shutil
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from processes import fastgrpo, signal_at
 
 from fastgrpo.metrics import read_jsonl
 
+ENVIRONMENTS = Path(__file__).parents[2] / "example_environments.py"
 WITHOUT_CLOCK = ("time/", "memory/", "tokens_per_second")
 
 
@@ -57,6 +59,17 @@ def test_a_killed_run_with_vllm_resumes_bit_for_bit(workplace, model):
     saved = [torch.load(d / "checkpoints/step-000004/learner/learner.pt") for d in (run, undisturbed)]
     assert saved[0]["model"].keys() == saved[1]["model"].keys()
     assert all(torch.equal(tensor, saved[1]["model"][name]) for name, tensor in saved[0]["model"].items())
+
+
+def test_a_run_with_an_environment(workplace, model):
+    """Turns of both sides in one completion, whose logprobs the learner agrees on."""
+    echoes = f"environment.path={ENVIRONMENTS}:echoes"
+    stops = f"sampling.stop_token_ids=[{','.join(map(str, range(2, 70)))}]"
+    ended = fastgrpo(*settings(model, echoes, "environment.num_workers=0", stops, "sampling.max_new_tokens=24"))
+    assert (ended.code, ended.err) == (0, "")
+    rows = rows_of(workplace / "run")
+    assert max(row["turns/max"] for row in rows[1:]) > 2
+    assert max(row["sampler_mismatch/max_abs"] for row in rows[1:]) < 2e-5
 
 
 @pytest.mark.parametrize(
