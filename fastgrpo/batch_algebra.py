@@ -19,13 +19,15 @@ def batch_algebra(
     longest = max(len(p.token_ids) for p in prompts.train) + config.sampling.max_new_tokens
     several = "s" if train.updates_per_step > 1 else ""
     updates = f"{train.updates_per_step} update{several} of {sequences // train.num_minibatches}"
+    has_environment = config.environment.path is not None
+    turns = f" in up to {config.environment.max_turns} turns" if has_environment else ""
     dropped = f", {prompts.num_dropped} too long and dropped" if prompts.num_dropped else ""
     duplicates = f", {prompts.num_duplicates} repeat a held-out one and are left out" if prompts.num_duplicates else ""
     lines = [
         ("model", model),
         ("data", f"{len(prompts.train)} prompts to train on, {len(prompts.eval)} held out{dropped}{duplicates}"),
         ("a step", f"{train.prompts_per_step} prompts x {group_size} completions = {sequences} sequences"),
-        ("", f"of up to {longest} tokens, {updates}"),
+        ("", f"of up to {longest} tokens{turns}, {updates}"),
         ("micro-batch", f"up to {config.learner.max_tokens_per_microbatch} packed tokens"),
         ("run", f"{train.num_steps} steps, written to {config.run.dir}"),
     ]

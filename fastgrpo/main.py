@@ -25,6 +25,9 @@ HYDRA_OPTIONS = (  # noqa: SIM905
 ).split()
 
 
+OPEN_MAPPINGS = ("reward.extra", "reward.kwargs", "environment.kwargs", "data.chat_template_kwargs")
+
+
 def main() -> None:
     """The console script. Exit codes: 0 done, 2 a mistake of the user's, 128 + signal where one stopped it."""
     commands: dict[str, Callable[[list[str]], int]] = {
@@ -226,7 +229,7 @@ def open_mapping(argument: str) -> str:
     ++reward.extra={short: {weight: 2}}: OmegaConf makes a new RewardTerm of a whole mapping only.
     """
     key, equals, value = argument.lstrip("+").partition("=")
-    if not equals or not key.startswith(("reward.extra", "reward.kwargs", "data.chat_template_kwargs")):
+    if not equals or not key.startswith(OPEN_MAPPINGS):
         return argument
     if key.startswith("reward.extra."):
         for name in reversed(key.removeprefix("reward.extra.").split(".")):

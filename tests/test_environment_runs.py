@@ -165,6 +165,15 @@ def test_a_function_from_python(workplace, tiny_qwen2):
         fastgrpo.train(overrides=[f"model.path={tiny_qwen2}", "run.dir=other"], environment=3)
 
 
+def test_ready_made_ones_by_name(workplace):
+    config, _ = compose("train", ["environment=try_again", "environment.kwargs.says='='", "reward=gsm8k"])
+    assert config.environment.path == "fastgrpo.environment.tools:try_again"
+    assert config.environment.kwargs == {"grade": "fastgrpo.rewards.verifiable:gsm8k", "says": "="}
+    config, _ = compose("train", ["environment=tool_calls", "environment.kwargs.functions=[tools.py:add]"])
+    assert config.environment.kwargs == {"functions": ["tools.py:add"]}
+    assert compose("train", [])[0].environment.path is None
+
+
 def test_a_broken_environment_is_found_before_the_model_loads(workplace, tiny_qwen2):
     with (
         pytest.raises(UserError, match="raised RuntimeError: out of order"),
