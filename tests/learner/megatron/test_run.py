@@ -16,6 +16,9 @@ from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
 
 
+ENVIRONMENTS = Path(__file__).parents[2] / "example_environments.py"
+
+
 def torchrun(directory: Path, *command: str, processes: int = 2) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
@@ -40,6 +43,10 @@ def settings(directory: Path) -> list[str]:
         "algorithm.importance_level=sequence",
         "checkpoint.every=1",
         "checkpoint.background=true",
+        f"environment.path={ENVIRONMENTS}:echoes",
+        "environment.num_workers=0",
+        f"sampling.stop_token_ids=[{','.join(map(str, range(2, 70)))}]",
+        "sampling.max_new_tokens=24",
         "run.console=plain",
     )
 
@@ -63,6 +70,8 @@ def test_experts_dealt_over_data_ranks_with_unequally_many_micro_batches(finishe
         assert 1 <= row["moe/balance"] < 2.5
         assert row["moe/replayed_difference"] < 0.02  # the sampler has the learner's weights, and rounds otherwise
         assert row["updates/skipped"] == 0
+        assert row["sampler_mismatch/max_abs"] < 2e-4  # in every turn, on either rank
+        assert row["turns/mean"] > 1
     assert (directory / "run" / "hf" / "model.safetensors").is_file()
 
 
