@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastgrpo.algorithms.objective import objective_of
 from fastgrpo.batch_algebra import batch_algebra
-from fastgrpo.checkpoint import Checkpoint, Checkpoints, open_checkpoint
+from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
 from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
@@ -21,7 +21,6 @@ from fastgrpo.data.replies import ReplyEncoder
 from fastgrpo.environment.asking import Environment, load_environment
 from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.objective import Objective
-from fastgrpo.learner.protocol import Learner
 from fastgrpo.learners import (
     QUICKSTART_CONTEXT,
     check_layout,
@@ -31,39 +30,18 @@ from fastgrpo.learners import (
     export,
     make_learner,
 )
-from fastgrpo.metrics import Ledger, MetricsLog
+from fastgrpo.metrics import Ledger
 from fastgrpo.models import hf, tiny
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import Plan, device_memory, make_plan
 from fastgrpo.ranks import Ranks
+from fastgrpo.resume import find_checkpoint, open_log, restore
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.run import Run
 from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.samplers import check_router_replay, make_exchange, make_sampler
 from fastgrpo.types import LogprobContract, SamplingParams
 from fastgrpo.unfinished import Unfinished
-
-
-def objective_of(config: Config) -> Objective:
-    """The configured objective. Raises UserError where a value is out of range."""
-    algorithm = config.algorithm
-    try:
-        return Objective(
-            surrogate=algorithm.surrogate,
-            ratio_level=algorithm.ratio_level,
-            clip_ratio_low=algorithm.clip_ratio_low,
-            clip_ratio_high=algorithm.clip_ratio_high,
-            dual_clip=algorithm.dual_clip,
-            sapo_tau_pos=algorithm.sapo_tau_pos,
-            sapo_tau_neg=algorithm.sapo_tau_neg,
-            kl_coef=algorithm.kl_coef,
-            kl_estimator=algorithm.kl_estimator,
-            kl_times_ratio=algorithm.kl_times_ratio,
-            entropy_coef=algorithm.entropy_coef,
-            temperature=config.sampling.temperature,
-        )
-    except ValueError as error:
-        raise UserError(str(error).replace("Objective.", "algorithm.")) from None
 
 
 def check_contract(contract: LogprobContract, objective: Objective) -> None:
@@ -153,7 +131,7 @@ def assemble(
     Raises UserError for whatever the user can mend.
     """
     run_dir = Path(config.run.dir).expanduser()
-    objective = objective_of(config)
+    objective = objective_of(config.algorithm, temperature=config.sampling.temperature)
     set_up_torch(config)
     with ExitStack() as stack:
         ledger = Ledger(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
@@ -267,48 +245,6 @@ def _close(sampler: Sampler, ranks: Ranks, failure: type[BaseException] | None, 
     that wait for this one, and nobody would read why."""
     if failure is None or ranks.num_ranks == 1 or not torch.cuda.is_available():
         sampler.close()
-
-
-def restore(
-    checkpoint: Checkpoint, learner: Learner, stream: PromptStream, unfinished: Unfinished, prompts: PromptSets
-) -> dict[str, Any]:
-    """Put everything where the checkpoint found it; returns the rest of what it tells of the run.
-
-    Raises UserError where it is of another model or other data.
-    """
-    state = checkpoint.run_state()
-    learner.load(checkpoint.learner)
-    stream.load_state_dict(state["stream"])
-    unfinished.load_state_dict(state["unfinished"], prompts.train)
-    return state
-
-
-def open_log(config: Config, run_dir: Path, step: int | None, notify: Callable[[str], None]) -> MetricsLog:
-    """The run's metrics.jsonl and trackers, going on after `step`; None: there was no checkpoint to go on from."""
-    nothing_kept = -1 if config.resume != "no" else None  # killed before its first checkpoint; or a new run
-    return MetricsLog(
-        run_dir,
-        config.run.trackers,
-        resume_step=nothing_kept if step is None else step,
-        run_name=config.run.name,
-        config=asdict(config),
-        notify=notify,
-    )
-
-
-def find_checkpoint(config: Config, checkpoints: Checkpoints, notify: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint that config.resume asks for. Raises UserError where a path was given and holds none."""
-    if config.resume == "no":
-        return None
-    if config.resume == "auto":
-        return checkpoints.newest(notify)
-    path = Path(config.resume).expanduser()
-    if path.name.startswith("step-"):
-        return open_checkpoint(path, checkpoints.ranks)
-    found = Checkpoints(path, keep=1, ranks=checkpoints.ranks).newest(notify)
-    if found is None:
-        raise UserError(f"resume={config.resume}: no whole checkpoint there; give a run's directory, auto or no")
-    return found
 
 
 def sampling_params(config: Config, stop_token_ids: tuple[int, ...]) -> SamplingParams:

@@ -165,8 +165,35 @@ def _ranges(config: Config) -> None:
 
 
 def _combinations(config: Config, num_ranks: int) -> None:
-    algorithm, train, sampling = config.algorithm, config.train, config.sampling
-    if sampling.temperature == 0:
+    learner, train = config.learner, config.train
+    if learner.kind == "torch" and learner.activation_checkpoint == "selective":
+        refuse("learner.activation_checkpoint", "selective", "learner=torch checkpoints whole layers; use full or none")
+    if train.prompts_per_step % train.num_minibatches:
+        refuse(
+            "train.prompts_per_step",
+            train.prompts_per_step,
+            f"not divisible by train.num_minibatches={train.num_minibatches}; change one of them",
+        )
+    _comparison(config)
+    _importance(config)
+    _lengths(config)
+    _evaluation(config)
+    _model(config)
+    _layout(config, num_ranks)
+    _lora(config)
+    _sampler(config, num_ranks)
+    _router_replay(config)
+    if config.model.path == "":
+        refuse("model.path", '""', "model=hf needs a Hugging Face directory or hub name; add model.path=...")
+    if config.model.path is None and config.data.source != "arithmetic":
+        refuse(
+            "model.path", None, f"data.source={config.data.source} needs a model; give a Hugging Face directory or name"
+        )
+
+
+def _comparison(config: Config) -> None:
+    algorithm = config.algorithm
+    if config.sampling.temperature == 0:
         refuse("sampling.temperature", 0, "greedy completions are all equal; use a value above 0 (eval may be greedy)")
     if algorithm.group_size == 1 and algorithm.advantage in ("std", "mean", "leave_one_out"):
         refuse(
@@ -174,19 +201,20 @@ def _combinations(config: Config, num_ranks: int) -> None:
             1,
             f"advantage={algorithm.advantage} compares a completion with its siblings; use 2 or more",
         )
-    if config.learner.kind == "torch" and config.learner.activation_checkpoint == "selective":
-        refuse("learner.activation_checkpoint", "selective", "learner=torch checkpoints whole layers; use full or none")
     if algorithm.advantage in ("std", "process") and algorithm.std_ddof >= algorithm.group_size:
         refuse("algorithm.std_ddof", algorithm.std_ddof, f"use less than algorithm.group_size={algorithm.group_size}")
-    if train.prompts_per_step % train.num_minibatches:
+    if algorithm.kl_coef == 0 and algorithm.reference.schedule != "fixed":
         refuse(
-            "train.prompts_per_step",
-            train.prompts_per_step,
-            f"not divisible by train.num_minibatches={train.num_minibatches}; change one of them",
+            "algorithm.reference.schedule",
+            algorithm.reference.schedule,
+            "algorithm.kl_coef=0 has no reference; set kl_coef, or schedule=fixed",
         )
-    if algorithm.importance_level != "none" and (
-        sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_new_tokens > 0
-    ):
+
+
+def _importance(config: Config) -> None:
+    algorithm, sampling = config.algorithm, config.sampling
+    cuts = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_new_tokens > 0
+    if algorithm.importance_level != "none" and cuts:
         refuse(
             "algorithm.importance_level",
             algorithm.importance_level,
@@ -199,6 +227,10 @@ def _combinations(config: Config, num_ranks: int) -> None:
         refuse("algorithm.importance_floor", algorithm.importance_floor, "it bounds importance_mode=mask; set that too")
     if algorithm.importance_floor > algorithm.importance_cap:
         refuse("algorithm.importance_floor", algorithm.importance_floor, "use at most algorithm.importance_cap")
+
+
+def _lengths(config: Config) -> None:
+    algorithm, sampling = config.algorithm, config.sampling
     if sampling.min_new_tokens > sampling.max_new_tokens:
         refuse("sampling.min_new_tokens", sampling.min_new_tokens, "use at most sampling.max_new_tokens")
     if algorithm.overlong_buffer and algorithm.advantage == "process":
@@ -209,31 +241,16 @@ def _combinations(config: Config, num_ranks: int) -> None:
         )
     if algorithm.overlong_buffer > sampling.max_new_tokens:
         refuse("algorithm.overlong_buffer", algorithm.overlong_buffer, "use at most sampling.max_new_tokens")
-    if algorithm.kl_coef == 0 and algorithm.reference.schedule != "fixed":
-        refuse(
-            "algorithm.reference.schedule",
-            algorithm.reference.schedule,
-            "algorithm.kl_coef=0 has no reference; set kl_coef, or schedule=fixed",
-        )
-    if config.eval.num_prompts is not None and config.eval.num_prompts < 1:
-        refuse("eval.num_prompts", config.eval.num_prompts, "use a value of at least 1, null for all, or eval.every=0")
-    if config.eval.max_new_tokens is not None and config.eval.max_new_tokens < 1:
-        refuse("eval.max_new_tokens", config.eval.max_new_tokens, "use a value of at least 1")
-    if config.eval.num_samples > 1 and config.eval.temperature == 0:
-        refuse(
-            "eval.num_samples", config.eval.num_samples, "greedy samples are all equal; set eval.temperature above 0"
-        )
-    _model(config)
-    _layout(config, num_ranks)
-    _lora(config)
-    _sampler(config, num_ranks)
-    _router_replay(config)
-    if config.model.path == "":
-        refuse("model.path", '""', "model=hf needs a Hugging Face directory or hub name; add model.path=...")
-    if config.model.path is None and config.data.source != "arithmetic":
-        refuse(
-            "model.path", None, f"data.source={config.data.source} needs a model; give a Hugging Face directory or name"
-        )
+
+
+def _evaluation(config: Config) -> None:
+    evaluation = config.eval
+    if evaluation.num_prompts is not None and evaluation.num_prompts < 1:
+        refuse("eval.num_prompts", evaluation.num_prompts, "use a value of at least 1, null for all, or eval.every=0")
+    if evaluation.max_new_tokens is not None and evaluation.max_new_tokens < 1:
+        refuse("eval.max_new_tokens", evaluation.max_new_tokens, "use a value of at least 1")
+    if evaluation.num_samples > 1 and evaluation.temperature == 0:
+        refuse("eval.num_samples", evaluation.num_samples, "greedy samples are all equal; set eval.temperature above 0")
 
 
 def _model(config: Config) -> None:

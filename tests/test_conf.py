@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.assemble import objective_of
+from fastgrpo.algorithms.objective import objective_of
 from fastgrpo.config import AlgorithmConfig, Config
 from fastgrpo.help import group_choices
 from fastgrpo.kernels.objective import Objective
@@ -50,7 +50,7 @@ def test_every_choice_composes_and_validates(group, choice, questions):
     }.get(f"{group}/{choice}", [])
     config = config_of(f"{group}={choice}", *needed)
     assert validate(config) == []
-    assert isinstance(objective_of(config), Objective)
+    assert isinstance(objective_of(config.algorithm, temperature=config.sampling.temperature), Objective)
 
 
 def test_every_folder_and_file_of_conf_is_a_choice():
@@ -125,7 +125,7 @@ def test_an_algorithm_is_what_its_paper_says(algorithm):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_an_algorithm_becomes_its_objective(algorithm):
     config = config_of(f"algorithm={algorithm}", "sampling.temperature=0.7")
-    objective = objective_of(config)
+    objective = objective_of(config.algorithm, temperature=config.sampling.temperature)
     assert objective.temperature == 0.7
     for key in ("surrogate", "ratio_level", "clip_ratio_low", "clip_ratio_high", "kl_coef", "kl_estimator"):
         assert getattr(objective, key) == getattr(config.algorithm, key), key

@@ -15,7 +15,6 @@ from fastgrpo import commands
 from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
 
-
 ENVIRONMENTS = Path(__file__).parents[2] / "example_environments.py"
 
 
