@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import Config, UserError
+from fastgrpo.combinations import check_combinations, refuse
+from fastgrpo.config import Config
 from fastgrpo.help import all_keys
 from fastgrpo.trackers import check_trackers
 
@@ -21,17 +22,9 @@ def validate(config: Config, num_ranks: int | None = None) -> list[str]:
     num_ranks = num_ranks or int(os.environ.get("WORLD_SIZE", "1"))
     _choices(config)
     _ranges(config)
-    _combinations(config, num_ranks)
+    check_combinations(config, num_ranks)
     _places(config)
     return _warnings(config)
-
-
-def refuse(key: str, value: Any, mend: str) -> None:
-    raise UserError(f"{key}={_shown(value)}: {mend}")
-
-
-def _shown(value: Any) -> Any:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
 def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
@@ -132,7 +125,13 @@ _SHARES = (
 )
 
 
-_UNBOUNDED = ("train.max_grad_norm", "algorithm.clip_ratio_high", "algorithm.importance_cap", "reward.timeout_s")
+_UNBOUNDED = (
+    "train.max_grad_norm",
+    "algorithm.clip_ratio_high",
+    "algorithm.importance_cap",
+    "reward.timeout_s",
+    "environment.timeout_s",
+)
 """Limits, which infinity switches off."""
 
 
@@ -162,180 +161,6 @@ def _ranges(config: Config) -> None:
         refuse("algorithm.std_ddof", config.algorithm.std_ddof, "use 1 or 0")
     if not -(2**63) <= config.seed < 2**63:
         refuse("seed", config.seed, "use a number of at most 63 bits")
-
-
-def _combinations(config: Config, num_ranks: int) -> None:
-    learner, train = config.learner, config.train
-    if learner.kind == "torch" and learner.activation_checkpoint == "selective":
-        refuse("learner.activation_checkpoint", "selective", "learner=torch checkpoints whole layers; use full or none")
-    if train.prompts_per_step % train.num_minibatches:
-        refuse(
-            "train.prompts_per_step",
-            train.prompts_per_step,
-            f"not divisible by train.num_minibatches={train.num_minibatches}; change one of them",
-        )
-    _comparison(config)
-    _importance(config)
-    _lengths(config)
-    _evaluation(config)
-    _model(config)
-    _layout(config, num_ranks)
-    _lora(config)
-    _sampler(config, num_ranks)
-    _router_replay(config)
-    if config.model.path == "":
-        refuse("model.path", '""', "model=hf needs a Hugging Face directory or hub name; add model.path=...")
-    if config.model.path is None and config.data.source != "arithmetic":
-        refuse(
-            "model.path", None, f"data.source={config.data.source} needs a model; give a Hugging Face directory or name"
-        )
-
-
-def _comparison(config: Config) -> None:
-    algorithm = config.algorithm
-    if config.sampling.temperature == 0:
-        refuse("sampling.temperature", 0, "greedy completions are all equal; use a value above 0 (eval may be greedy)")
-    if algorithm.group_size == 1 and algorithm.advantage in ("std", "mean", "leave_one_out"):
-        refuse(
-            "algorithm.group_size",
-            1,
-            f"advantage={algorithm.advantage} compares a completion with its siblings; use 2 or more",
-        )
-    if algorithm.advantage in ("std", "process") and algorithm.std_ddof >= algorithm.group_size:
-        refuse("algorithm.std_ddof", algorithm.std_ddof, f"use less than algorithm.group_size={algorithm.group_size}")
-    if algorithm.kl_coef == 0 and algorithm.reference.schedule != "fixed":
-        refuse(
-            "algorithm.reference.schedule",
-            algorithm.reference.schedule,
-            "algorithm.kl_coef=0 has no reference; set kl_coef, or schedule=fixed",
-        )
-
-
-def _importance(config: Config) -> None:
-    algorithm, sampling = config.algorithm, config.sampling
-    cuts = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_new_tokens > 0
-    if algorithm.importance_level != "none" and cuts:
-        refuse(
-            "algorithm.importance_level",
-            algorithm.importance_level,
-            "the sampler's probabilities are renormalised by top_p, top_k or min_new_tokens, so the weights would be "
-            "wrong; use sampling.top_p=1, sampling.top_k=0, sampling.min_new_tokens=0, or importance_level=none",
-        )
-    if algorithm.importance_mode == "mask" and algorithm.importance_level == "none":
-        refuse("algorithm.importance_mode", "mask", "it masks by weights; set importance_level=token or sequence")
-    if algorithm.importance_floor > 0 and algorithm.importance_mode != "mask":
-        refuse("algorithm.importance_floor", algorithm.importance_floor, "it bounds importance_mode=mask; set that too")
-    if algorithm.importance_floor > algorithm.importance_cap:
-        refuse("algorithm.importance_floor", algorithm.importance_floor, "use at most algorithm.importance_cap")
-
-
-def _lengths(config: Config) -> None:
-    algorithm, sampling = config.algorithm, config.sampling
-    if sampling.min_new_tokens > sampling.max_new_tokens:
-        refuse("sampling.min_new_tokens", sampling.min_new_tokens, "use at most sampling.max_new_tokens")
-    if algorithm.overlong_buffer and algorithm.advantage == "process":
-        refuse(
-            "algorithm.overlong_buffer",
-            algorithm.overlong_buffer,
-            "it softens a completion's reward, and advantage=process compares its steps' alone; use 0",
-        )
-    if algorithm.overlong_buffer > sampling.max_new_tokens:
-        refuse("algorithm.overlong_buffer", algorithm.overlong_buffer, "use at most sampling.max_new_tokens")
-
-
-def _evaluation(config: Config) -> None:
-    evaluation = config.eval
-    if evaluation.num_prompts is not None and evaluation.num_prompts < 1:
-        refuse("eval.num_prompts", evaluation.num_prompts, "use a value of at least 1, null for all, or eval.every=0")
-    if evaluation.max_new_tokens is not None and evaluation.max_new_tokens < 1:
-        refuse("eval.max_new_tokens", evaluation.max_new_tokens, "use a value of at least 1")
-    if evaluation.num_samples > 1 and evaluation.temperature == 0:
-        refuse("eval.num_samples", evaluation.num_samples, "greedy samples are all equal; set eval.temperature above 0")
-
-
-def _model(config: Config) -> None:
-    """The shape of the model that is built where none is given."""
-    model = config.model
-    if model.path is not None:
-        return
-    if model.num_heads % model.num_kv_heads:
-        refuse("model.num_kv_heads", model.num_kv_heads, f"use a divisor of model.num_heads={model.num_heads}")
-    head_size = model.hidden_size // model.num_heads
-    if head_size < 2 or head_size % 2:
-        refuse(
-            "model.hidden_size",
-            model.hidden_size,
-            f"model.num_heads={model.num_heads} gives heads of {head_size}; make that even and at least 2",
-        )
-
-
-def _layout(config: Config, num_ranks: int) -> None:
-    """What the torch learner cannot do; whether a layout fits a model is for learner/megatron/layout.py."""
-    learner = config.learner
-    if learner.kind != "torch":
-        if config.cluster.device.startswith("cuda:"):
-            refuse("cluster.device", config.cluster.device, "torchrun gives every process a GPU of its own; use cuda")
-        return
-    for key, plain in (("tp", 1), ("pp", 1), ("vpp", 1), ("sp", False), ("cp", 1), ("ep", 1), ("stage_layers", None)):
-        if getattr(learner, key) != plain:
-            refuse(f"learner.{key}", getattr(learner, key), "learner=torch is one process; use learner=megatron")
-    if num_ranks > 1:
-        refuse("learner", "torch", f"it is one process and the job has {num_ranks}; use learner=megatron")
-
-
-def _lora(config: Config) -> None:
-    lora, reference = config.model.lora, config.algorithm.reference
-    if not lora.enabled:
-        return
-    if lora.path is not None and lora.rank:
-        refuse("model.lora.rank", lora.rank, "the adapters of model.lora.path have their own; leave one of the two out")
-    if lora.path is None and not lora.target_modules:
-        refuse("model.lora.target_modules", "[]", "name at least one matrix, such as q_proj")
-    if reference.schedule != "fixed":
-        refuse(
-            "algorithm.reference.schedule",
-            reference.schedule,
-            "with model.lora the frozen model is the reference and cannot move; use fixed",
-        )
-
-
-def _sampler(config: Config, num_ranks: int) -> None:
-    sampler = config.sampler
-    if sampler.kind == "torch" and sampler.tp != 1:
-        refuse("sampler.tp", sampler.tp, "sampler=torch is one model on one device; use sampler=vllm")
-    if sampler.merge_adapters and not (sampler.kind == "vllm" and config.model.lora.enabled):
-        refuse("sampler.merge_adapters", "true", "it is for sampler=vllm with adapters (model.lora.rank); use false")
-    if num_ranks % sampler.tp:
-        refuse(
-            "sampler.tp", sampler.tp, f"it does not divide the job's {num_ranks} processes; start others with torchrun"
-        )
-    device = config.cluster.device
-    if sampler.kind == "vllm" and device.startswith("cuda:") and device != "cuda:0":
-        refuse("cluster.device", device, "vLLM takes the first GPU it sees; use cuda, and set CUDA_VISIBLE_DEVICES")
-    share = sampler.gpu_memory_utilization
-    if sampler.oversample > 0:
-        _oversampling(config)
-    if share is not None and not 0 < share <= 1:
-        refuse("sampler.gpu_memory_utilization", share, "use a share above 0 and at most 1, or null")
-
-
-def _router_replay(config: Config) -> None:
-    """What is wrong whatever the model is; samplers.check_router_replay looks at that."""
-    sampler = config.sampler
-    if not config.learner.router_replay:
-        return
-    if config.model.path is None:
-        refuse("learner.router_replay", True, "the quickstart's model has no experts; set model.path, or use false")
-    if sampler.kind == "vllm" and sampler.tp > 1:
-        refuse("sampler.tp", sampler.tp, "vLLM tells its experts to one rank only; with learner.router_replay use 1")
-
-
-def _oversampling(config: Config) -> None:
-    sampler, sampling = config.sampler, config.sampling
-    if config.algorithm.dynamic_sampling:
-        refuse("sampler.oversample", sampler.oversample, "algorithm.dynamic_sampling draws again by itself; use one")
-    if sampling.min_new_tokens:
-        refuse("sampling.min_new_tokens", sampling.min_new_tokens, "sampler.oversample draws in rounds; use 0")
 
 
 def _places(config: Config) -> None:
