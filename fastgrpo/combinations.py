@@ -31,6 +31,8 @@ def check_combinations(config: Config, num_ranks: int) -> None:
     _importance(config)
     _lengths(config)
     _evaluation(config)
+    if config.environment.path is not None and config.environment.max_turns == 1:
+        refuse("environment.max_turns", 1, "the environment would never be asked; use 2 or more, or environment=none")
     _model(config)
     _layout(config, num_ranks)
     _lora(config)
@@ -86,6 +88,8 @@ def _lengths(config: Config) -> None:
     algorithm, sampling = config.algorithm, config.sampling
     if sampling.min_new_tokens > sampling.max_new_tokens:
         refuse("sampling.min_new_tokens", sampling.min_new_tokens, "use at most sampling.max_new_tokens")
+    if sampling.min_new_tokens and config.environment.path is not None:
+        refuse("sampling.min_new_tokens", sampling.min_new_tokens, "with an environment turns come in rounds; use 0")
     if algorithm.overlong_buffer and algorithm.advantage == "process":
         refuse(
             "algorithm.overlong_buffer",

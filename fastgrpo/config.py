@@ -266,7 +266,7 @@ class SamplingConfig:
     max_new_tokens: int = 1024
     """A completion is cut at this many tokens, the environment's included."""
     min_new_tokens: int = 0
-    """No stop token is drawn before this many; with an environment, of each turn."""
+    """No stop token is drawn before this many."""
     stop_token_ids: list[int] | None = None
     """null: the tokenizer's (and generation configuration's) end tokens."""
 
@@ -389,7 +389,7 @@ class SamplerConfig:
     others in later steps: no step waits for the longest completion, and none is thrown away. Their first tokens are
     then of older policies (docs/objective.md)."""
     round_tokens: int = 256
-    """oversample: the most tokens a completion gets between looks at what is complete."""
+    """oversample, and with an environment: the most tokens a completion gets between looks at what has ended."""
     bucket_mb: int = 256
     """Weights that learner and sampler do not share move in buckets of at most this size."""
     proof: str = "sampled"

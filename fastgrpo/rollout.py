@@ -45,16 +45,14 @@ def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
 def draw_ahead(run: Run, wanted: int, seed: int) -> list[RolloutGroup]:
     """The first `wanted` groups to be complete, of more that are drawn; the others go on in the next step.
 
-    A round gives every unfinished completion sampler.round_tokens more tokens, so a step waits for the slowest of
-    `wanted` groups and not for the slowest of all. Nothing is thrown away: a group that takes long is learned from
-    later, and by then its first tokens are of older policies (Rollout.token_versions).
+    A step waits for the slowest of `wanted` groups and not for the slowest of all. Nothing is thrown away: a group that
+    takes long is learned from later, and by then its first tokens are of older policies (Rollout.token_versions).
     """
     begin(run)
     config, unfinished = run.config, run.unfinished
     in_flight = round(wanted * (1 + config.sampler.oversample))
     fresh = run.stream.take(max(0, in_flight - len(unfinished)))
-    params = replace(run.sampling, max_new_tokens=min(config.sampler.round_tokens, run.sampling.max_new_tokens))
-    return draw_until(run, unfinished, wanted, fresh, config.algorithm.group_size, params, seed)
+    return draw_until(run, unfinished, wanted, fresh, config.algorithm.group_size, run.sampling, seed)
 
 
 def draw_whole(
@@ -77,7 +75,12 @@ def draw_until(
     params: SamplingParams,
     seed: int,
 ) -> list[RolloutGroup]:
-    """Begin the fresh prompts and go on with all that is unfinished, until `wanted` groups are complete."""
+    """Begin the fresh prompts and go on with all that is unfinished, until `wanted` groups are complete.
+
+    In rounds of at most sampler.round_tokens a completion: a turn that has ended is answered after the round, not after
+    the longest turn of all, and what is drawn with what depends on no clock.
+    """
+    params = replace(params, max_new_tokens=min(run.config.sampler.round_tokens, params.max_new_tokens))
     number = 0
     while fresh or unfinished.num_complete < wanted:
         pending = unfinished.continuations()

@@ -40,8 +40,9 @@ def trained(*options):
         return read_jsonl(run.run_dir / "metrics.jsonl")
 
 
-def test_completions_are_conversations(workplace, tiny_qwen2):
-    with assembled(*options_of(tiny_qwen2)) as run:
+@pytest.mark.parametrize("round_tokens", [256, 3])
+def test_completions_are_conversations(workplace, tiny_qwen2, round_tokens):
+    with assembled(*options_of(tiny_qwen2, f"sampler.round_tokens={round_tokens}")) as run:
         run.step = 1
         groups, row = collect(run)
         rollouts = [rollout for g in groups for rollout in g.group.rollouts]
@@ -120,8 +121,12 @@ def without_clock(rows):
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("sampler.oversample=0.5", "sampler.round_tokens=5", "algorithm.importance_level=token")],
-    ids=["whole", "oversampled"],
+    [
+        (),
+        ("sampler.round_tokens=3",),
+        ("sampler.oversample=0.5", "sampler.round_tokens=5", "algorithm.importance_level=token"),
+    ],
+    ids=["turn by turn", "in rounds", "oversampled"],
 )
 def test_it_resumes_bit_by_bit(workplace, tiny_qwen2, more):
     options = options_of(tiny_qwen2, *more, "train.num_steps=4", "checkpoint.every=1", "checkpoint.keep=9")

@@ -99,6 +99,28 @@ CONFIGURATION = {
         "sampling.temperature=0",
         "sampling.temperature=0: greedy completions are all equal; use a value above 0 (eval may be greedy)",
     ),
+    "one turn": (
+        ["environment=try_again", "environment.max_turns=1"],
+        "environment.max_turns=1: the environment would never be asked; use 2 or more, or environment=none",
+    ),
+    "turns of a length": (
+        ["environment=try_again", "sampling.min_new_tokens=3"],
+        "sampling.min_new_tokens=3: with an environment turns come in rounds; use 0",
+    ),
+    "no such tool": (
+        ["environment=tool_calls", "environment.kwargs.functions=[tools.py:add]"],
+        "environment.path=fastgrpo.environment.tools:tool_calls on prompt train/0: environment.kwargs=tools.py:add: "
+        "there is no file tools.py",
+    ),
+    "environment's argument": (
+        ["environment=try_again", "environment.kwargs.tone=x"],
+        "environment.kwargs.tone: fastgrpo.environment.tools:try_again has no parameter of that name to set; it has "
+        "`grade`, `says`",
+    ),
+    "environment's failures": (
+        ["environment=try_again", "environment.on_error=zero"],
+        "environment.on_error=zero: choose one of fail, tell",
+    ),
     "not a number": ("algorithm.entropy_coef=nan", "algorithm.entropy_coef=nan: use a finite number"),
     "infinite rate": ("train.learning_rate=inf", "train.learning_rate=inf: use a finite number"),
     "degrees of freedom": ("algorithm.std_ddof=2", "algorithm.std_ddof=2: use 1 or 0"),
