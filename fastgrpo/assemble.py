@@ -143,14 +143,13 @@ def assemble(
         rewards = stack.enter_context(Rewards(config.reward, reward))
         responds = load_environment(config.environment, environment)
         tokenizer, prompts = load_data(config)
+        model_config = check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=only_evaluates)
+        rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         answers = None
         if responds is not None:
-            encode = ReplyEncoder(config.data, tokenizer)
+            encode = ReplyEncoder(config.data, tokenizer, vocab_size=model_config.vocab_size)
             answers = stack.enter_context(Environment(config.environment, responds, encode, decode))
-        check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=only_evaluates)
-        rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
-        if answers is not None:
             answers.check(prompts.train[0])
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
@@ -209,8 +208,9 @@ def assemble(
         run.phases.enter("rollout")  # an engine is closed awake, and needs the room that it had
 
 
-def check_model(config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, *, needs_eval_prompts: bool) -> None:
-    """Raise UserError where model, layout, tokenizer and prompts do not go together, before weights are read."""
+def check_model(config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, *, needs_eval_prompts: bool) -> Any:
+    """The model's configuration. Raises UserError where model, layout, tokenizer and prompts do not go together, before
+    weights are read."""
     if needs_eval_prompts and not prompts.eval:
         raise UserError(
             f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
@@ -220,6 +220,7 @@ def check_model(config: Config, tokenizer: Any, prompts: PromptSets, ranks: Rank
     check_layout(config, model_config, ranks.num_ranks)
     check_router_replay(config, model_config)
     check_tokens(config, tokenizer, prompts, model_config.vocab_size)
+    return model_config
 
 
 def plan_memory(config: Config, model_config: Any, prompts: PromptSets, ranks: Ranks) -> Plan:

@@ -24,15 +24,20 @@ class ReplyEncoder:
     Without one the messages' contents, one after the other.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Any, *, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._config = config
         self._tokenizer = tokenizer
         self._chat = uses_chat_template(config, tokenizer)
 
     def __call__(self, messages: Sequence[dict[str, str]], last_token: int, place: str) -> Tensor:
-        """Raises UserError for what the template refuses or the tokenizer cannot encode."""
+        """Raises UserError for what the template refuses, the tokenizer cannot encode or the model cannot read."""
         text = self._after_turn(messages, place) if self._chat else "".join(message["content"] for message in messages)
         (ids,) = encode(self._tokenizer, [text], [place], special_tokens=False)
+        if max(ids) >= self._vocab_size:
+            raise UserError(
+                f"{place}: its token {max(ids)} is none of the model's 0 to {self._vocab_size - 1}; change it"
+            )
         # The token that ended the policy's turn is what the template, too, puts behind one.
         return torch.tensor(ids[1:] if self._chat and ids[0] == last_token else ids, dtype=torch.int64)
 

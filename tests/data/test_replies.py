@@ -19,6 +19,10 @@ ENDS_OTHERWISE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endf
 TALK = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "Let me ask."}]
 
 
+def encoder(config, tokenizer, vocab_size=260):
+    return ReplyEncoder(config, tokenizer, vocab_size=vocab_size)
+
+
 def chat_tokenizer(template):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -39,30 +43,30 @@ def test_prompt_turn_and_reply_are_the_whole_conversations_tokens(template, repl
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     turn = [*ids(TALK[1]["content"]), tokenizer.eos_token_id]
-    encoded = ReplyEncoder(DataConfig(), tokenizer)(messages, turn[-1], "here")
+    encoded = encoder(DataConfig(), tokenizer)(messages, turn[-1], "here")
     assert [*ids(prompt), *turn, *encoded.tolist()] == ids(whole)
 
 
 def test_the_templates_end_of_a_turn_stays_where_the_policy_ended_otherwise():
     tokenizer = chat_tokenizer(CHATML)
-    encode = ReplyEncoder(DataConfig(), tokenizer)
+    encode = encoder(DataConfig(), tokenizer)
     with_end, without = (encode([{"role": "user", "content": "?"}], last, "here").tolist() for last in (5, 259))
     assert tokenizer.convert_ids_to_tokens(259) == "<|im_end|>"
     assert with_end == [259, *without]
-    plain = ReplyEncoder(DataConfig(), chat_tokenizer(ENDS_OTHERWISE))([{"role": "user", "content": "?"}], 259, "here")
+    plain = encoder(DataConfig(), chat_tokenizer(ENDS_OTHERWISE))([{"role": "user", "content": "?"}], 259, "here")
     assert tokenizer.decode(plain) == "\n[user] ?\n[assistant]"
 
 
 def test_the_templates_own_settings_reach_it():
     config = DataConfig(chat_template_kwargs={"think": True})
-    encoded = ReplyEncoder(config, chat_tokenizer(CHATML))([{"role": "tool", "content": "5"}], 259, "here")
+    encoded = encoder(config, chat_tokenizer(CHATML))([{"role": "tool", "content": "5"}], 259, "here")
     assert chat_tokenizer(CHATML).decode(encoded).endswith("<|im_start|>assistant\n<think>\n")
 
 
 @pytest.mark.parametrize("config", [DataConfig(), DataConfig(chat_template=False)])
 def test_without_a_template_the_contents_alone_are_read(config):
     tokenizer = chat_tokenizer(CHATML) if not config.chat_template else byte_tokenizer()
-    encode = ReplyEncoder(config, tokenizer)
+    encode = encoder(config, tokenizer)
     encoded = encode([{"role": "tool", "content": "a"}, {"role": "user", "content": "b"}], 1, "here")
     assert tokenizer.decode(encoded) == "ab"
     with pytest.raises(UserError, match="here: the tokenizer makes no token of ''"):
@@ -74,7 +78,13 @@ def test_a_template_that_refuses_says_so():
         "{{ m.content }}{% endfor %}"
     )
     with pytest.raises(UserError, match=r"here: the chat template refuses it \(.*no tools\)"):
-        ReplyEncoder(DataConfig(), chat_tokenizer(template))([{"role": "tool", "content": "5"}], 1, "here")
+        encoder(DataConfig(), chat_tokenizer(template))([{"role": "tool", "content": "5"}], 1, "here")
     forgets = "{{ messages[-1].content }}"
     with pytest.raises(UserError, match="the chat template leaves out what the assistant said before"):
-        ReplyEncoder(DataConfig(), chat_tokenizer(forgets))([{"role": "tool", "content": "5"}], 1, "here")
+        encoder(DataConfig(), chat_tokenizer(forgets))([{"role": "tool", "content": "5"}], 1, "here")
+
+
+def test_a_token_that_the_model_does_not_have_is_refused():
+    encode = encoder(DataConfig(), chat_tokenizer(CHATML), vocab_size=259)
+    with pytest.raises(UserError, match="here: its token 259 is none of the model's 0 to 258; change it"):
+        encode([{"role": "user", "content": "?"}], 5, "here")
