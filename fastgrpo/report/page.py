@@ -125,6 +125,7 @@ def _facts(config: Config) -> list[tuple[str, str]]:
         "model": text("model.path") or built,
         "data": " ".join(filter(None, [text("data.source"), text("data.path") or text("data.operation")])),
         "reward": text("reward.path"),
+        "environment": text("environment.path"),
         "objective": text("algorithm.surrogate") + clip + text("algorithm.ratio_level", ", {} ratio"),
         "advantage": text("algorithm.advantage") + text("algorithm.aggregation", ", {}"),
         "KL": "none" if _get(config, "algorithm.kl_coef") == 0 else text("algorithm.kl_coef") + _estimator(text),
