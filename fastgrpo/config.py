@@ -164,11 +164,11 @@ class RewardConfig:
 
 @dataclass(kw_only=True)
 class EnvironmentConfig:
-    """What answers the policy's turns: tools, a user, a game (docs/environment.md). Without one a completion is one
-    turn."""
+    """What answers the policy's turns: tools, a user, a game (docs/environment.md)."""
 
     path: str | None = None
-    """module:function or file.py:function, called with every turn that a stop token has ended; null: none."""
+    """module:function or file.py:function, called with every turn that a stop token has ended; null: a completion is
+    one turn."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Fixed keyword arguments for the function."""
     max_turns: int = 8

@@ -39,7 +39,7 @@ def text(command: str, cls: type = schema.Config) -> str:
     """The whole help page of a command with this schema."""
     choices = ""
     if cls is schema.Config:
-        groups = "\n".join(f"  {name:<11}{' | '.join(options)}" for name, options in group_choices().items())
+        groups = "\n".join(f"  {name:<12}{' | '.join(options)}" for name, options in group_choices().items())
         choices = f"Choices, each a file in conf/:\n{groups}\n\nA choice may set other defaults than these.\n\n"
     sections = "\n\n".join(_section(name, cls) for name, cls in _sections(cls))
     return f"""\
