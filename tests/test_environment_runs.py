@@ -1,5 +1,6 @@
 """Whole runs with an environment: what the policy said is learned from, what it was told is not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import make_minibatch
 from fastgrpo.ranks import join_job
-from fastgrpo.rollout import collect
+from fastgrpo.rollout import collect, draw_whole
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import compute_advantages, train
 
@@ -94,6 +95,19 @@ def test_the_policys_tokens_alone_are_learned_from(workplace, tiny_qwen2):
             len(g.group.prompt.token_ids) + sum(int(r.loss_mask.nonzero()[-1]) for r in g.group.rollouts)
             for g in groups
         )
+
+
+def test_a_rounds_size_changes_no_conversation(workplace, tiny_qwen2):
+    with assembled(*options_of(tiny_qwen2, "data.num_problems=60")) as run:
+        prompts, greedy, found = run.stream.take(40), replace(run.sampling, temperature=0.0), []
+        for round_tokens in (256, 5, 1):
+            run.config.sampler.round_tokens = round_tokens
+            groups = draw_whole(run, prompts, 1, greedy, seed=0)
+            assert [g.prompt.prompt_id for g in groups] == [p.prompt_id for p in prompts]
+            rollouts = [g.rollouts[0] for g in groups]
+            found.append([(r.token_ids.tolist(), r.loss_mask.tolist(), r.num_turns, r.finish_reason) for r in rollouts])
+        assert found[0] == found[1] == found[2]
+        assert len({turns for _, _, turns, _ in found[0]}) > 2
 
 
 def test_turns_and_the_limit_end_a_conversation(workplace, tiny_qwen2):
