@@ -50,7 +50,7 @@ def _comparison(config: Config) -> None:
     algorithm = config.algorithm
     if config.sampling.temperature == 0:
         refuse("sampling.temperature", 0, "greedy completions are all equal; use a value above 0 (eval may be greedy)")
-    if algorithm.group_size == 1 and algorithm.advantage in ("std", "mean", "leave_one_out"):
+    if algorithm.group_size == 1 and algorithm.advantage != "process":
         refuse(
             "algorithm.group_size",
             1,

@@ -34,7 +34,7 @@ def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
 
 def _choices(config: Config) -> None:
     algorithm = config.algorithm
-    _one_of("algorithm.advantage", algorithm.advantage, ("std", "mean", "leave_one_out", "process"))
+    _one_of("algorithm.advantage", algorithm.advantage, ("std", "mean", "batch_std", "leave_one_out", "process"))
     _one_of("algorithm.aggregation", algorithm.aggregation, ("sequence_mean", "token_mean", "constant"))
     _one_of("algorithm.importance_level", algorithm.importance_level, ("none", "token", "sequence"))
     _one_of("algorithm.importance_mode", algorithm.importance_mode, ("truncate", "mask"))

@@ -24,16 +24,27 @@ def compare(groups: list[ScoredGroup], config: AlgorithmConfig) -> list[ScoredGr
     if config.advantage == "process":
         return _compare_steps(groups, config)
     sizes = torch.tensor([len(group.rewards) for group in groups])
+    rewards = torch.cat([group.rewards for group in groups])
     advantages = group_advantages(
-        torch.cat([group.rewards for group in groups]),
+        rewards,
         torch.arange(len(groups)).repeat_interleave(sizes),
         normalize="std" if config.advantage == "std" else "none",
         std_ddof=config.std_ddof,
         min_std=config.min_std,
         leave_one_out=config.advantage == "leave_one_out",
     )
+    if config.advantage == "batch_std":
+        advantages = _scaled_by_all(advantages, rewards, config)
     parts = advantages.split(sizes.tolist())
     return [replace(group, advantages=part) for group, part in zip(groups, parts, strict=True)]
+
+
+def _scaled_by_all(centered: Tensor, rewards: Tensor, config: AlgorithmConfig) -> Tensor:
+    """r - mean of the group, over the std of all (S,) rewards of the step (Lite PPO, arXiv 2508.08221)."""
+    if is_constant(rewards):
+        return centered
+    std = rewards.double().std(correction=config.std_ddof).clamp(min=config.min_std)
+    return (centered / std).float()
 
 
 def _compare_steps(groups: list[ScoredGroup], config: AlgorithmConfig) -> list[ScoredGroup]:

@@ -24,6 +24,9 @@ def groups_with(*rewards):
         ({"advantage": "std"}, [[0.8660, -0.8660, 0.8660, -0.8660], [0.0, 0.0]]),
         ({"advantage": "mean"}, [[0.5, -0.5, 0.5, -0.5], [0.0, 0.0]]),
         ({"advantage": "leave_one_out"}, [[0.6667, -0.6667, 0.6667, -0.6667], [0.0, 0.0]]),
+        ({"advantage": "batch_std", "std_ddof": 0}, [[1.1933, -1.1933, 1.1933, -1.1933], [0.0, 0.0]]),
+        ({"advantage": "batch_std"}, [[1.0894, -1.0894, 1.0894, -1.0894], [0.0, 0.0]]),
+        ({"advantage": "batch_std", "min_std": 2.0}, [[0.25, -0.25, 0.25, -0.25], [0.0, 0.0]]),
         ({"advantage": "std", "min_std": 2.0}, [[0.25, -0.25, 0.25, -0.25], [0.0, 0.0]]),
     ],
 )
@@ -33,6 +36,11 @@ def test_outcome_advantages(settings, expected):
         torch.testing.assert_close(group.advantages, torch.tensor(literal), atol=1e-4, rtol=0)
     assert groups[1].advantages.tolist() == [0.0, 0.0]  # exactly
     assert token_advantages(groups[0], 1).tolist() == [groups[0].advantages[1].item()] * 2
+
+
+def test_a_batch_of_equal_rewards_has_no_advantage_to_scale():
+    groups = compare(groups_with([0.3, 0.3], [0.3, 0.3]), AlgorithmConfig(advantage="batch_std"))
+    assert [group.advantages.tolist() for group in groups] == [[0.0, 0.0]] * 2
 
 
 def test_process_advantages_add_up_from_each_token_on():
