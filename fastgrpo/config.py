@@ -201,7 +201,8 @@ class AlgorithmConfig:
     """G, completions per prompt."""
     advantage: str = "std"
     """std: (r - mean) / std over the group (GRPO).  mean: r - mean (Dr.GRPO).  batch_std: (r - mean) / std over all of
-    the step's rewards (Lite PPO).  leave_one_out: r - mean of the others (RLOO).  process: step rewards, normalised over the group and summed from each token on."""
+    the step's rewards (Lite PPO).  leave_one_out: r - mean of the others (RLOO).  process: step rewards, normalised
+    over the group and summed from each token on."""
     std_ddof: int = 1
     """1 is the field's habit; 0 divides by G."""
     min_std: float = 0.0
