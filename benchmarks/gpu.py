@@ -35,7 +35,9 @@ from fastgrpo.kernels.logprobs import logprobs
 from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.kernels.policy_loss import policy_loss
 from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
-from fastgrpo.verify import OBJECTIVES, Check, VerifyConfig, make_case, report, run
+from fastgrpo.verify import VerifyConfig, run
+from fastgrpo.verify.cases import OBJECTIVES, make_case
+from fastgrpo.verify.table import Check, report
 
 BUDGET_S = 520
 GRACE_S = 15

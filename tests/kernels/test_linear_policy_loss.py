@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgrpo import verify
 from fastgrpo.kernels import chunks, reference
 from fastgrpo.kernels.chunks import ChunkRows, cpu_chunk_size, gpu_chunk_rows, plan_units
 from fastgrpo.kernels.heads import LinearHead
@@ -16,27 +15,28 @@ from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.kernels.scale_gradient import scale_in_place
 from fastgrpo.kernels.vocab_parallel import VocabShard
+from fastgrpo.verify import cases, oracle
 
 BACKENDS = ("torch", "triton")
 
 
 def case_for(objective, dtype=torch.float32, **options):
     options = {"num_tokens": 16, "hidden_size": 16, "vocab_size": 613, "mask": "scattered"} | options
-    return verify.make_case(dtype=dtype, temperature=objective.temperature, **options)
+    return cases.make_case(dtype=dtype, temperature=objective.temperature, **options)
 
 
 def assert_within(case, objective, errors):
-    allowed = verify.tolerances(case.hidden.dtype, verify.max_logit(case) / objective.temperature)
+    allowed = oracle.tolerances(case.hidden.dtype, cases.max_logit(case) / objective.temperature)
     beyond = {name: (error, allowed[name]) for name, error in errors.items() if not error <= allowed[name]}
     assert not beyond, f"(error, tolerance): {beyond}"
 
 
-@pytest.mark.parametrize("name", verify.OBJECTIVES)
+@pytest.mark.parametrize("name", cases.OBJECTIVES)
 @pytest.mark.parametrize("chunk", [7, None])
 def test_every_objective_in_float64(name, chunk):
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
     case = case_for(objective, torch.float64, num_tokens=40)
-    assert_within(case, objective, verify.check_linear_policy_loss(case, objective, chunk_size=chunk))
+    assert_within(case, objective, oracle.check_linear_policy_loss(case, objective, chunk_size=chunk))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -44,20 +44,20 @@ def test_every_objective_in_float64(name, chunk):
 @pytest.mark.parametrize("name", ["clip higher", "cispo", "sapo, sequence", "clip, sequence (GSPO)"])
 def test_dtypes_in_chunks(name, backend, dtype):
     """Chunks of 5: the token objectives in pieces, sequences of 8 and 6 tokens with their logits computed twice."""
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
     case = case_for(objective, dtype)
-    errors = verify.check_linear_policy_loss(case, objective, backend=backend, chunk_size=5)
+    errors = oracle.check_linear_policy_loss(case, objective, backend=backend, chunk_size=5)
     assert_within(case, objective, errors)
 
 
 @pytest.mark.parametrize("name", ["clip higher", "clip, sequence (GSPO)"])
 def test_a_narrow_tile_costs_what_the_docs_say(name):
     """docs/kernels.md: a logit of up to 28, rounded to bfloat16, puts a logprob off by up to 4e-2."""
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
     case = case_for(objective, torch.bfloat16)
-    assert verify.max_logit(case) < 28
-    errors = verify.check_linear_policy_loss(case, objective, backend="triton", logits_dtype=torch.bfloat16)
-    wide = verify.check_linear_policy_loss(case, objective, backend="triton")
+    assert cases.max_logit(case) < 28
+    errors = oracle.check_linear_policy_loss(case, objective, backend="triton", logits_dtype=torch.bfloat16)
+    wide = oracle.check_linear_policy_loss(case, objective, backend="triton")
     assert wide["logprobs"] < errors["logprobs"] <= 4e-2
     assert errors["dweight"] <= 4e-2
     assert errors["dhidden"] <= 4e-2
@@ -72,13 +72,13 @@ def test_strips_of_logits_share_their_gemms(name, monkeypatch):
     monkeypatch.setattr(
         chunks, "hidden_gradient_into", lambda out, *rest: (widths.append(len(out)), multiply(out, *rest))
     )
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
     case = case_for(objective, torch.bfloat16, mask="none")
-    assert_within(case, objective, verify.check_linear_policy_loss(case, objective, backend="triton"))
+    assert_within(case, objective, oracle.check_linear_policy_loss(case, objective, backend="triton"))
     assert sum(widths) == 16
     assert max(widths) > 3
     assert len(widths) <= 4
-    assert_within(case, objective, verify.check_logprobs(case, 0.9, linear=True, backend="triton"))
+    assert_within(case, objective, oracle.check_logprobs(case, 0.9, linear=True, backend="triton"))
 
 
 def test_rows_of_a_chunk_on_a_gpu():
@@ -131,7 +131,7 @@ def test_upstream_gradient_scales_in_place(scale):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_vocabulary_padding_takes_no_part(backend):
     """Rows of the weight behind vocab_size: whatever they hold, loss and gradients are those without them."""
-    objective = verify.OBJECTIVES["clip higher"]
+    objective = cases.OBJECTIVES["clip higher"]
     case = case_for(objective)
     want = linear_policy_loss(case.hidden, case.weight, case.batch, objective, backend=backend)
     want_grads = torch.autograd.grad(want.loss, (case.hidden, case.weight))
@@ -147,7 +147,7 @@ def test_vocabulary_padding_takes_no_part(backend):
 @pytest.mark.parametrize("name", ["dual clip", "clip, sequence (GSPO)"])
 def test_chunks_masked_tokens_and_packing_change_nothing(name):
     """The same sequences in another order, with masked tokens between them, in chunks of any size."""
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
     case = case_for(objective, torch.float64, num_tokens=24, mask="none")
     base = linear_policy_loss(case.hidden, case.weight, case.batch, objective)
     (base_grad,) = torch.autograd.grad(base.loss, case.weight)
@@ -186,7 +186,7 @@ def test_only_what_is_asked_for_gets_a_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["clip higher", "clip, sequence (GSPO)"])
 def test_bitwise_repeatable(backend, name):
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
 
     def once():
         case = case_for(objective)
@@ -198,7 +198,7 @@ def test_bitwise_repeatable(backend, name):
 
 
 def test_gradient_buffer_receives_the_scaled_gradient_in_the_forward_pass():
-    objective = verify.OBJECTIVES["clip higher"]
+    objective = cases.OBJECTIVES["clip higher"]
     case = case_for(objective)
     loss = linear_policy_loss(case.hidden, case.weight, case.batch, objective).loss
     want_hidden, want_weight = torch.autograd.grad(0.5 * loss, (case.hidden, case.weight))
@@ -221,7 +221,7 @@ def test_gradient_buffer_receives_the_scaled_gradient_in_the_forward_pass():
 @pytest.mark.parametrize("name", ["clip higher", "clip, sequence (GSPO)"])
 def test_float16_keeps_the_gradient_of_small_weights(name):
     """One over a million tokens, and a loss scale that makes up for it: the gradients are those of weights near 1."""
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
     case = case_for(objective, torch.float16)
     large = linear_policy_loss(case.hidden, case.weight, case.batch, objective, backend="triton").loss
     want = torch.autograd.grad(large, (case.hidden, case.weight))
@@ -304,7 +304,7 @@ def test_peak_memory_is_an_eighth_of_the_naive_path():
 
 def test_reference_agrees_with_itself_on_both_signatures():
     objective = Objective()
-    case = verify.oracle_inputs(case_for(objective, torch.float64, mask="none"))
+    case = oracle.oracle_inputs(case_for(objective, torch.float64, mask="none"))
     logits = case.hidden @ case.weight.T
     a = reference.linear_policy_loss(case.hidden, case.weight, case.batch, objective).loss
     assert a.item() == reference.policy_loss(logits, case.batch, objective).loss.item()

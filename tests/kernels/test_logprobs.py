@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from fastgrpo import verify
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.logprobs import logprobs
+from fastgrpo.verify import cases, oracle
 
 BACKENDS = ("torch", "triton")
 
@@ -19,19 +19,19 @@ BACKENDS = ("torch", "triton")
 def test_against_the_oracle(backend, dtype, linear, vocab_size):
     if backend == "triton" and dtype == torch.float64:
         backend = "auto"  # refused by name, see below
-    case = verify.make_case(num_tokens=12, hidden_size=16, vocab_size=vocab_size, dtype=dtype, mask="scattered")
+    case = cases.make_case(num_tokens=12, hidden_size=16, vocab_size=vocab_size, dtype=dtype, mask="scattered")
     options = {"chunk_size": 5} if linear else {}
-    errors = verify.check_logprobs(case, 0.7, linear=linear, backend=backend, **options)
-    allowed = verify.tolerances(dtype, verify.max_logit(case) / 0.7)
+    errors = oracle.check_logprobs(case, 0.7, linear=linear, backend=backend, **options)
+    allowed = oracle.tolerances(dtype, cases.max_logit(case) / 0.7)
     assert all(error <= allowed[name] for name, error in errors.items()), (errors, allowed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("vocab_size", [1, 50257, 151936, 152064])
 def test_large_vocabularies(backend, vocab_size):
-    case = verify.make_case(num_tokens=2, hidden_size=8, vocab_size=vocab_size, dtype=torch.float32)
-    errors = verify.check_logprobs(case, 1.0, linear=False, backend=backend)
-    allowed = verify.tolerances(torch.float32, verify.max_logit(case))
+    case = cases.make_case(num_tokens=2, hidden_size=8, vocab_size=vocab_size, dtype=torch.float32)
+    errors = oracle.check_logprobs(case, 1.0, linear=False, backend=backend)
+    allowed = oracle.tolerances(torch.float32, cases.max_logit(case))
     assert all(error <= allowed[name] for name, error in errors.items()), (errors, allowed)
 
 

@@ -3,61 +3,61 @@
 import pytest
 import torch
 
-from fastgrpo import verify
 from fastgrpo.kernels import reference
 from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.kernels.policy_loss import policy_loss
+from fastgrpo.verify import cases, oracle
 
 BACKENDS = ("torch", "triton")
 
 
 def assert_within(errors, dtype, max_logit):
-    allowed = verify.tolerances(dtype, max_logit)
+    allowed = oracle.tolerances(dtype, max_logit)
     beyond = {name: (error, allowed[name]) for name, error in errors.items() if not error <= allowed[name]}
     assert not beyond, f"(error, tolerance): {beyond}"
 
 
 def small_case(objective, dtype, **options):
     options = {"num_tokens": 16, "hidden_size": 16, "vocab_size": 613, "mask": "scattered"} | options
-    return verify.make_case(dtype=dtype, temperature=objective.temperature, **options)
+    return cases.make_case(dtype=dtype, temperature=objective.temperature, **options)
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off", "on"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", verify.OBJECTIVES)
+@pytest.mark.parametrize("name", cases.OBJECTIVES)
 def test_every_objective(name, backend, on_policy):
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
     case = small_case(objective, torch.float32, on_policy=on_policy)
-    errors = verify.check_policy_loss(case, objective, backend=backend)
-    assert_within(errors, torch.float32, verify.max_logit(case) / objective.temperature)
+    errors = oracle.check_policy_loss(case, objective, backend=backend)
+    assert_within(errors, torch.float32, cases.max_logit(case) / objective.temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["clip higher", "clip, sequence (GSPO)"])
 def test_half_precision(name, backend, dtype):
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
     case = small_case(objective, dtype)
-    errors = verify.check_policy_loss(case, objective, backend=backend)
-    assert_within(errors, dtype, verify.max_logit(case) / objective.temperature)
+    errors = oracle.check_policy_loss(case, objective, backend=backend)
+    assert_within(errors, dtype, cases.max_logit(case) / objective.temperature)
 
 
-@pytest.mark.parametrize("mask", verify.MASKS)
-@pytest.mark.parametrize("aggregation", verify.AGGREGATIONS)
+@pytest.mark.parametrize("mask", cases.MASKS)
+@pytest.mark.parametrize("aggregation", cases.AGGREGATIONS)
 @pytest.mark.parametrize("name", ["dual clip", "sapo, sequence"])
 def test_aggregations_and_masks_in_float64(name, aggregation, mask):
-    objective = verify.OBJECTIVES[name]
+    objective = cases.OBJECTIVES[name]
     case = small_case(objective, torch.float64, aggregation=aggregation, mask=mask, num_tokens=40)
-    assert_within(verify.check_policy_loss(case, objective), torch.float64, 1.0)
+    assert_within(oracle.check_policy_loss(case, objective), torch.float64, 1.0)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 127, 50257, 151936, 152064])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_vocabularies(vocab_size, backend):
-    objective = verify.OBJECTIVES["clip higher"]
+    objective = cases.OBJECTIVES["clip higher"]
     case = small_case(objective, torch.float32, vocab_size=vocab_size, num_tokens=4, mask="none", hidden_size=8)
-    errors = verify.check_policy_loss(case, objective, backend=backend)
-    assert_within(errors, torch.float32, verify.max_logit(case) / objective.temperature)
+    errors = oracle.check_policy_loss(case, objective, backend=backend)
+    assert_within(errors, torch.float32, cases.max_logit(case) / objective.temperature)
 
 
 def rows_of_logits(logits, **fields):
@@ -100,7 +100,7 @@ def test_adversarial_logits(name, backend):
     torch.testing.assert_close(got.entropy.double(), want.entropy, rtol=1e-6, atol=5e-6)
     torch.testing.assert_close(got.loss.double(), want.loss.detach(), rtol=1e-5, atol=1e-5)
     # a logprob at -200 or 1e4 is only known to 1e-6 of itself, and the gradient's factor e^(old - lp) with it
-    assert verify.relative(got_grad, want_grad) <= 1e-6 * max(1.0, logits[logits.isfinite()].abs().max().clamp(max=1e3))
+    assert oracle.relative(got_grad, want_grad) <= 1e-6 * max(1.0, logits[logits.isfinite()].abs().max().clamp(max=1e3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,7 +125,7 @@ def test_drifted_tokens_stay_finite(backend, drift, advantage):
     (want_grad,) = torch.autograd.grad(want.loss, logits)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
     assert torch.isfinite(grad).all()
-    assert verify.relative(grad, want_grad.double()) <= 1e-5
+    assert oracle.relative(grad, want_grad.double()) <= 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -168,11 +168,11 @@ def test_properties_of_the_gradient(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bitwise_repeatable_and_linear_in_the_upstream_gradient(backend):
-    objective = verify.OBJECTIVES["clip, sequence (GSPO)"]
+    objective = cases.OBJECTIVES["clip, sequence (GSPO)"]
 
     def gradient(scale):
         case = small_case(objective, torch.float32)
-        logits = verify.logits_of(case)
+        logits = cases.logits_of(case)
         loss = policy_loss(logits, case.batch, objective, backend=backend).loss
         return loss, torch.autograd.grad(loss * scale, logits)[0]
 
@@ -184,9 +184,9 @@ def test_bitwise_repeatable_and_linear_in_the_upstream_gradient(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_place_overwrites_the_logits_with_the_same_gradient(backend):
-    objective = verify.OBJECTIVES["clip higher"]
+    objective = cases.OBJECTIVES["clip higher"]
     case = small_case(objective, torch.float32)
-    logits = verify.logits_of(case)
+    logits = cases.logits_of(case)
     (want,) = torch.autograd.grad(policy_loss(logits, case.batch, objective, backend=backend).loss, logits)
     buffer = logits.detach().clone()
     view = buffer.view_as(buffer).requires_grad_()
@@ -197,9 +197,9 @@ def test_in_place_overwrites_the_logits_with_the_same_gradient(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_metrics_and_masked_zeros(backend):
-    objective = verify.OBJECTIVES["dual clip"]
+    objective = cases.OBJECTIVES["dual clip"]
     case = small_case(objective, torch.float32)
-    logits = verify.logits_of(case)
+    logits = cases.logits_of(case)
     got = policy_loss(logits, case.batch, objective, backend=backend)
     want = reference.policy_loss(logits, case.batch, objective)
     assert got.metrics.keys() == want.metrics.keys()

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fastgrpo import verify
 from fastgrpo.kernels import vocab_parallel
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
+from fastgrpo.verify import cases
 
 VOCAB_SIZE, PADDED = 613, 640  # the last of four shards is mostly padding
 
@@ -43,7 +43,7 @@ def _worker(rank, world, port, names, dtype, backend, results):
     vocab_parallel._all_gather = lambda *args, **kwargs: (gathers.append(1), gather(*args, **kwargs))[1]
     answers = {}
     for name in names:
-        objective = verify.OBJECTIVES[name]
+        objective = cases.OBJECTIVES[name]
         case, weight = _case(objective, dtype)
         size = PADDED // world
         shard = weight[rank * size : (rank + 1) * size].clone().requires_grad_()
@@ -55,7 +55,7 @@ def _worker(rank, world, port, names, dtype, backend, results):
 
 
 def _case(objective, dtype):
-    case = verify.make_case(
+    case = cases.make_case(
         num_tokens=16, hidden_size=16, vocab_size=VOCAB_SIZE, dtype=dtype, mask="scattered", temperature=0.9
     )
     padding = torch.full((PADDED - VOCAB_SIZE, 16), 40.0, dtype=dtype)
@@ -78,7 +78,7 @@ def test_shards_equal_the_whole(world, dtype, backend, names):
         answers = [results[rank] for rank in range(world)]
     tolerance = {"rtol": 1e-10, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 1e-6}
     for name in names:
-        objective = verify.OBJECTIVES[name]
+        objective = cases.OBJECTIVES[name]
         case, weight = _case(objective, dtype)
         want = [x.detach() for x in _both_ops(case, weight.requires_grad_(), objective, backend=backend)]
         whole = [rank[name][0] for rank in answers]

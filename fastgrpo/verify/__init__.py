@@ -1,0 +1,88 @@
+"""Is the fused path computing my loss? Every objective against a float64 oracle, on this machine and dtype.
+
+`fastgrpo verify` prints the table; tests/kernels use the same cases and the same oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from fastgrpo.kernels.objective import Objective
+from fastgrpo.verify.cases import AGGREGATIONS, MASKS, OBJECTIVES, Case, make_case, max_logit
+from fastgrpo.verify.oracle import check_linear_policy_loss, check_logprobs, check_policy_loss, tolerances
+from fastgrpo.verify.table import Check
+
+
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """What to verify. The defaults take seconds on a CPU."""
+
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu or cuda."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    """The dtypes of hidden states, weights and logits; float64 too on the torch backend."""
+    backend: str = "auto"
+    """auto, torch or triton; see kernels/backend.py."""
+    num_tokens: int = 96
+    hidden_size: int = 64
+    vocab_size: int = 1031
+    chunk_size: int | None = 40
+    """Rows of a chunk; smaller than num_tokens so that chunks are exercised. None: the kernels choose."""
+    seed: int = 0
+
+
+def run(config: VerifyConfig, objectives: dict[str, Objective] = OBJECTIVES) -> Iterator[Check]:
+    """Every objective x aggregation x mask x dtype, on- and off-policy, through every op."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    grid = product(config.dtypes, AGGREGATIONS, MASKS, objectives.items(), (False, True))
+    for dtype, aggregation, mask, (name, objective), on_policy in grid:
+        case = make_case(
+            num_tokens=config.num_tokens,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            dtype=getattr(torch, dtype),
+            device=device,
+            aggregation=aggregation,
+            mask=mask,
+            on_policy=on_policy,
+            temperature=objective.temperature,
+            seed=config.seed,
+        )
+        allowed = tolerances(case.hidden.dtype, max_logit(case) / objective.temperature)
+        label = name + (", on-policy" if on_policy else "")
+        # Logprobs have no objective: once a mask and dtype is enough.
+        with_logprobs = name == "clip" and aggregation == AGGREGATIONS[0] and not on_policy
+        for op, errors in _errors_by_op(case, objective, config, with_logprobs=with_logprobs).items():
+            for quantity, error in errors.items():
+                yield Check(
+                    op=op,
+                    objective=label if "policy" in op else "-",
+                    aggregation=aggregation,
+                    mask=mask,
+                    dtype=dtype,
+                    quantity=quantity,
+                    error=error,
+                    tolerance=allowed[quantity],
+                )
+
+
+def _errors_by_op(
+    case: Case, objective: Objective, config: VerifyConfig, *, with_logprobs: bool
+) -> dict[str, dict[str, float]]:
+    given: dict[str, Any] = {"backend": config.backend}
+    linear = {**given, "chunk_size": config.chunk_size}
+    errors = {
+        "linear_policy_loss": check_linear_policy_loss(case, objective, **linear),
+        "policy_loss": check_policy_loss(case, objective, **given),
+    }
+    if with_logprobs:
+        errors["linear_logprobs"] = check_logprobs(case, 0.9, linear=True, **linear)
+        errors["logprobs"] = check_logprobs(case, 0.9, linear=False, **given)
+    return errors
