@@ -10,11 +10,11 @@ from torch import Tensor
 from fastgrpo.config import Config, UserError
 from fastgrpo.data import PromptSets
 from fastgrpo.learner.protocol import Learner
-from fastgrpo.learners import device_of
 from fastgrpo.models.experts import layers_with_experts
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
 from fastgrpo.plan import Plan
+from fastgrpo.policy import device_of
 from fastgrpo.ranks import Ranks
 from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.sampler.torch_sampler import TorchSampler

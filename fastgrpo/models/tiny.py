@@ -21,7 +21,7 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
-def shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length: int) -> Qwen3Config:
+def model_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length: int) -> Qwen3Config:
     """What build_model builds."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
@@ -41,7 +41,7 @@ def shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, max_length: int, seed: int) -> CausalLM:
     """A float32 Qwen3 with random weights that are a function of the seed."""
-    made = shape(config, tokenizer, max_length=max_length)
+    made = model_config(config, tokenizer, max_length=max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return prepare(Qwen3ForCausalLM(made))

@@ -1,4 +1,4 @@
-"""How the policy of a run is described."""
+"""Where the policy of a run lives, and how it is described."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from builders import make_model
 
 from fastgrpo.config import UserError
 from fastgrpo.kernels import varlen_kernels
-from fastgrpo.learners import describe, device_of
 from fastgrpo.main import compose
+from fastgrpo.policy import describe, device_of
 
 
 @pytest.mark.parametrize(
