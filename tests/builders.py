@@ -150,3 +150,11 @@ def small_run(model: str, *more: str, reward: str = "varied") -> list[str]:
         "eval.every=2",
         *more,
     ]
+
+
+def save(learner, directory: Path) -> None:
+    """Write a learner's state at once."""
+    pending = learner.begin_save(directory)
+    for write in pending.files.values():
+        write()
+    pending.finish()

@@ -23,12 +23,6 @@ class PendingSave:
     finish: Callable[[], None] = lambda: None
     """Comes once every rank has written its files; all ranks together."""
 
-    def complete(self) -> None:
-        """Write everything now, all ranks together."""
-        for write in self.files.values():
-            write()
-        self.finish()
-
 
 class Learner(Protocol):
     """Holds the policy and improves it."""

@@ -179,10 +179,6 @@ class TorchLearner:
             state = self._saved.copy_of(state)
         return PendingSave(files={file: partial(torch.save, state, file)})
 
-    def save(self, directory: Path) -> None:
-        """Write the state, at once."""
-        self.begin_save(directory).complete()
-
     def load(self, directory: Path) -> None:
         """See Learner.load. Raises UserError where another kind of learner or model was saved."""
         assert not self._offload.is_out, "onload() comes before load()"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builders import CONFIGS, RAGGED, REWARDS, make_groups, make_model, small_run
+from builders import CONFIGS, RAGGED, REWARDS, make_groups, make_model, save, small_run
 from transformers import AutoModelForCausalLM
 
 from fastgrpo import commands
@@ -131,7 +131,7 @@ def test_an_update_moves_the_adapters_alone_and_its_state_is_theirs(tmp_path):
     learner.update([batch], objective)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
-    learner.save(tmp_path)
+    save(learner, tmp_path)
     assert torch.load(tmp_path / "learner.pt")["model"].keys() == moved
     other, theirs = with_adapters(random=False)
     resumed = TorchLearner(other, TrainConfig(learning_rate=0.01), num_updates=2, adapters=theirs)
@@ -142,7 +142,7 @@ def test_an_update_moves_the_adapters_alone_and_its_state_is_theirs(tmp_path):
 
 
 def test_a_checkpoint_of_every_weight_does_not_load_into_adapters(tmp_path):
-    TorchLearner(prepare(make_model()), TrainConfig(), num_updates=1).save(tmp_path)
+    save(TorchLearner(prepare(make_model()), TrainConfig(), num_updates=1), tmp_path)
     model, adapters = with_adapters()
     with pytest.raises(UserError, match="not a state of this model"):
         TorchLearner(model, TrainConfig(), num_updates=1, adapters=adapters).load(tmp_path)

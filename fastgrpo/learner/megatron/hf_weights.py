@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import safe_open
@@ -59,8 +59,3 @@ def _files(directory: Path) -> dict[str, str]:
         )
     with safe_open(directory / _SINGLE, framework="pt") as file:
         return dict.fromkeys(file.keys(), _SINGLE)
-
-
-def from_tensors(tensors: Mapping[str, Tensor]) -> Read:
-    """Read from tensors in memory under their Hugging Face names, such as a model's state_dict()."""
-    return tensors.__getitem__

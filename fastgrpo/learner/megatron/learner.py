@@ -268,10 +268,6 @@ class MegatronLearner:
         assert not self._offload.is_out, "onload() comes before a save"
         return sharded_checkpoint.begin_save(self, directory, self._saved)
 
-    def save(self, directory: Path) -> None:
-        """Write the state, at once, all ranks together."""
-        self.begin_save(directory).complete()
-
     def load(self, directory: Path) -> None:
         """Go on from a state that any layout saved; see sharded_checkpoint.load."""
         assert not self._offload.is_out, "onload() comes before load()"

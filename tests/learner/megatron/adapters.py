@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from job import addresses, by_token, empty_directory, gradients, share_of, slices_cover_once, slices_differ
 from megatron.core import dist_checkpointing
+from observe import addresses, by_token, empty_directory, gradients, save, share_of, slices_cover_once, slices_differ
 from scenario import NUM_STEPS, OBJECTIVE, Case, batches_of, model_of, train_config, with_logprobs
 
 from fastgrpo.config import LoraConfig, UserError
@@ -115,7 +115,7 @@ def run(case: Case, directory: Path, number: int) -> dict[str, Any]:
     result["gradients"] = gradients(learner, mine)
     result["steps"] = [vars(learner.update(mine, OBJECTIVE)) for _ in range(NUM_STEPS - 1)]
     saved = empty_directory(directory / f"lora-{case.model}-{number}")
-    learner.save(saved)
+    save(learner, saved)
     result["saved"] = sorted({key.split(".")[-2] for key in dist_checkpointing.load_tensors_metadata(str(saved))})
     result["steps"].append(vars(learner.update(mine, OBJECTIVE)))
     result["adapters"] = {name: tensor.clone() for name, tensor in learner.named_adapters()}
@@ -156,7 +156,7 @@ def run_alone(directory: Path) -> dict[str, Any]:
         "state": {name: tensor.dtype for held in learner.optimizer.held() for name, tensor in held.tensors.items()},
     }
     saved = empty_directory(directory / "lora-of-rank-3")
-    learner.save(saved)
+    save(learner, saved)
     save_adapters(directory, ("qwen2-tied",), rank=2)
     parallel.destroy()
     learner, _ = make(case, directory, torch.bfloat16)

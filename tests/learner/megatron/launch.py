@@ -18,7 +18,7 @@ LIMIT_S = 900
 def run_job(num_processes: int, directory: Path) -> dict[str, Any]:
     """Start the job's processes and wait for them; the first to fail takes the others down and is shown."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(HERE / "start.py")]
+    command = [sys.executable, str(HERE / "job.py")]
     logs = [directory / f"log-{num_processes}-{rank}.txt" for rank in range(num_processes)]
     processes = []
     for rank, log in enumerate(logs):

@@ -6,7 +6,7 @@ from typing import Any
 
 import scenario
 import torch
-from job import by_token
+from observe import by_token
 
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models.storage import as_saved

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from fastgrpo.config import UserError
 from fastgrpo.learner.megatron.architecture import Architecture
-from fastgrpo.learner.megatron.hf_weights import from_directory, from_tensors
+from fastgrpo.learner.megatron.hf_weights import from_directory
 
 TINY = {
     "vocab_size": 10,
@@ -46,10 +46,6 @@ def test_experts_may_be_stacked_or_apart(tmp_path):
 def test_a_directory_without_safetensors_is_refused(tmp_path):
     with pytest.raises(UserError, match="learner=megatron reads safetensors from a local directory"):
         from_directory(tmp_path)
-
-
-def test_tensors_in_memory():
-    assert from_tensors({"a": torch.ones(2)})("a").tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
