@@ -9,6 +9,7 @@ L layers, k experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from fastgrpo.learner.expert_balance import ExpertBalance
+from fastgrpo.learner.expert_balance import ExpertBalance, refuse_without_experts
+from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.models.experts import choice_dtype
 from fastgrpo.models.layers import swiglu
 
@@ -77,6 +79,23 @@ class _Given:
 
     def get_replay_topk(self, scores: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return scores.gather(1, self.experts), self.experts
+
+
+def watch_routers(
+    chunks: Iterable[nn.Module], architecture: Architecture, coef: float, device: torch.device
+) -> ExpertBalance | None:
+    """What the chunks' routers tell of their choices, or None for a dense model.
+
+    Raises UserError where a dense model is to balance its experts.
+    """
+    if not architecture.num_experts:
+        refuse_without_experts(coef)
+        return None
+    sizes = (architecture.num_layers, architecture.num_experts, architecture.experts_per_token)
+    balance = ExpertBalance(*sizes, coef=coef, device=device)
+    for router in (module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)):
+        router.balance = balance
+    return balance
 
 
 def for_routers(row_weights: Tensor, routed_experts: Tensor | None) -> Tensor:

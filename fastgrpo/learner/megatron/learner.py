@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.kernels.objective import Objective
-from fastgrpo.learner.expert_balance import ExpertBalance, refuse_without_experts
+from fastgrpo.learner.expert_balance import ExpertBalance
 from fastgrpo.learner.host_memory import HostMemory
 from fastgrpo.learner.megatron import convert, head, lora, parallel, sharded_checkpoint
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.convert import Read
 from fastgrpo.learner.megatron.cpu import megatron_on_cpu
-from fastgrpo.learner.megatron.experts import Router
+from fastgrpo.learner.megatron.experts import watch_routers
 from fastgrpo.learner.megatron.hf_weights import from_directory
 from fastgrpo.learner.megatron.layout import Layout, data_parallel_size
 from fastgrpo.learner.megatron.microbatch import MicroBatch, prepare, scored_share
@@ -100,10 +100,7 @@ class MegatronLearner:
             )
             self.optimizer = Optimizer(self.ddp, config, dtype)
         self.device = self.policy[0].inv_freq.device
-        self.balance = _balance(architecture, config.moe_aux_loss_coef, self.device)
-        for module in (module for chunk in self.policy for module in chunk.modules()):
-            if isinstance(module, Router):
-                module.balance = self.balance
+        self.balance = watch_routers(self.policy, architecture, config.moe_aux_loss_coef, self.device)
         self._offload, self._saved = Offload(), HostMemory()
 
     @classmethod
@@ -292,14 +289,6 @@ def _data_parallel(chunks: list[HiddenStatesModel], **settings: Any) -> list[Dis
         waiting = [chunk.no_sync for chunk in wrapped]
         chunks[0].config.no_sync_func = waiting[0] if len(waiting) == 1 else waiting
     return wrapped
-
-
-def _balance(architecture: Architecture, coef: float, device: torch.device) -> ExpertBalance | None:
-    if not architecture.num_experts:
-        refuse_without_experts(coef)
-        return None
-    sizes = (architecture.num_layers, architecture.num_experts, architecture.experts_per_token)
-    return ExpertBalance(*sizes, coef=coef, device=device)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -75,17 +75,7 @@ def initialize(layout: Layout) -> Parallel:
             "learner=megatron: no process group; start with torchrun --nproc-per-node N -m fastgrpo train …"
         )
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-            context_parallel_size=layout.cp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.expert_tp,
-            create_gloo_process_groups=False,
-        )
-        # Nothing in these models is random, so no generator is forked per layer.
-        initialize_rng_tracker(inference_rng_tracker=True)
+        _make_groups(layout)
     made = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
@@ -113,6 +103,20 @@ def initialize(layout: Layout) -> Parallel:
         ep_group=parallel_state.get_expert_model_parallel_group(),
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
     )
+
+
+def _make_groups(layout: Layout) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+        create_gloo_process_groups=False,
+    )
+    # Nothing in these models is random, so no generator is forked per layer.
+    initialize_rng_tracker(inference_rng_tracker=True)
 
 
 def destroy() -> None:
