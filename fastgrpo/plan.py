@@ -93,7 +93,7 @@ def make_plan(
 
     Raises UserError where model.lora.path holds no adapters.
     """
-    shape, learner, sampler = Shape.of(model_config), config.learner, config.sampler
+    shape, learner = Shape.of(model_config), config.learner
     size = 4 if config.cluster.dtype == "float32" or (config.cluster.dtype == "auto" and not on_gpu) else 2
     virtual = stages_of(shape, learner.pp * learner.vpp, learner.stage_layers)
     stages = [sum(virtual[stage :: learner.pp]) for stage in range(learner.pp)]
@@ -105,9 +105,28 @@ def make_plan(
     if adapted:
         trained, size_trained = num_adapter_parameters(shape, rank, targets, learner.tp, layers), 4
         # A sampler has them merged, or apart in the weights' type.
-        is_merged = sampler.merge_adapters or sampler.kind == "torch"
+        is_merged = config.sampler.merge_adapters or config.sampler.kind == "torch"
         merged = _num_merged(shape, targets, learner.tp, layers) if is_merged else trained
-    kept = Kept(
+    experts = 0 if adapted else layers * shape.num_expert_parameters(learner.tp, learner.ep)
+    kept = _kept(config, shape, size, on_gpu, rank, targets)
+    return Plan(
+        device_bytes=device_bytes,
+        on_gpu=on_gpu,
+        weights=num_parameters * size + (trained * size_trained if adapted else 0),
+        reference=num_parameters * size if config.algorithm.kl_coef > 0 and not adapted else 0,
+        sampler_weights=_num_unshared(config, shape, merged) * size,
+        gradients=trained * 4,
+        optimizer=_num_stepped(config, trained - experts, experts, num_ranks) * (8 + (4 if size_trained < 4 else 0)),
+        activations=_activations(config, kept, layers),
+        loss_head=(device_bytes // GPU_TILE_FRACTION if on_gpu else 1 << 26) + _head_gradient(config, shape),
+        offload_asked=learner.offload,
+        kv_cache_wanted=_kv_cache_wanted(config, shape, longest_prompt, size, num_ranks),
+    )
+
+
+def _kept(config: Config, shape: Shape, size: int, on_gpu: bool, rank: int, targets: list[str]) -> Kept:
+    learner = config.learner
+    return Kept(
         shape=shape,
         size=size,
         megatron=learner.kind == "megatron",
@@ -120,24 +139,14 @@ def make_plan(
         rank=rank,
         targets=targets,
     )
-    experts = 0 if adapted else layers * shape.num_expert_parameters(learner.tp, learner.ep)
-    ranks_a_sampler = sampler.tp if sampler.kind == "vllm" else learner.ranks_a_copy
+
+
+def _kv_cache_wanted(config: Config, shape: Shape, longest_prompt: int, size: int, num_ranks: int) -> int:
+    sampler = config.sampler
+    ranks_a_sampler = sampler.tp if sampler.kind == "vllm" else config.learner.ranks_a_copy
     prompts = -(-config.train.prompts_per_step // max(1, num_ranks // ranks_a_sampler))
     in_flight = min(prompts * config.algorithm.group_size, sampler.max_sequences)
-    length = longest_prompt + config.max_new_tokens
-    return Plan(
-        device_bytes=device_bytes,
-        on_gpu=on_gpu,
-        weights=num_parameters * size + (trained * size_trained if adapted else 0),
-        reference=num_parameters * size if config.algorithm.kl_coef > 0 and not adapted else 0,
-        sampler_weights=_num_unshared(config, shape, merged) * size,
-        gradients=trained * 4,
-        optimizer=_num_stepped(config, trained - experts, experts, num_ranks) * (8 + (4 if size_trained < 4 else 0)),
-        activations=_activations(config, kept, layers),
-        loss_head=(device_bytes // GPU_TILE_FRACTION if on_gpu else 1 << 26) + _head_gradient(config, shape),
-        offload_asked=learner.offload,
-        kv_cache_wanted=shape.kv_cache_bytes(in_flight, length, size, sampler.tp),
-    )
+    return shape.kv_cache_bytes(in_flight, longest_prompt + config.max_new_tokens, size, sampler.tp)
 
 
 def _num_stepped(config: Config, others: int, experts: int, num_ranks: int) -> int:
