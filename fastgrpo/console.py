@@ -11,14 +11,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fastgrpo.config import UserError
 from fastgrpo.metrics import PARTS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-MODES = ("auto", "live", "plain", "none")
 NUM_RECENT = 20
 """Steps whose mean gives the time left and the split of a step's time."""
 NUM_SPARK = 24
@@ -52,8 +50,6 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """mode is run.console; activity names what the run is doing now, for the live display."""
-        if mode not in MODES:
-            raise UserError(f"run.console={mode}: choose {' | '.join(MODES)}")
         self._stream = stream or sys.stdout
         self.mode = ("live" if _can_draw(self._stream) else "plain") if mode == "auto" else mode
         self._num_steps = num_steps

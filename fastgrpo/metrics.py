@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastgrpo.config import UserError
-from fastgrpo.trackers import TRACKERS, check_trackers
+from fastgrpo.trackers import TRACKERS
 
 PARTS = ("generate", "environment", "reward", "logprobs", "update", "share", "checkpoint", "eval")
 """What a step's time is spent on; `other` is the rest."""
@@ -133,12 +133,10 @@ class MetricsLog:
         config: Mapping[str, Any],
         notify: Callable[[str], object] = warnings.warn,
     ) -> None:
-        """trackers: any of tensorboard, wandb, mlflow. notify is told when a tracker fails during the run, which
+        """trackers: as check_trackers takes them. notify is told when a tracker fails during the run, which
         goes on without that tracker; a failure to write the files is an OSError."""
         self.run_dir = Path(run_dir)
         self._notify = notify
-        names = list(dict.fromkeys(trackers))
-        check_trackers(names)
         paths = [self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"]
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for path in paths:
@@ -146,7 +144,9 @@ class MetricsLog:
                 keep_until(path, resume_step)
             elif path.exists() and path.stat().st_size:
                 raise UserError(f"run.dir={run_dir} holds a run already: set resume=auto or another run.dir")
-        self._trackers = {name: TRACKERS[name](self.run_dir, resume_step, run_name, config) for name in names}
+        self._trackers = {
+            name: TRACKERS[name](self.run_dir, resume_step, run_name, config) for name in dict.fromkeys(trackers)
+        }
         self._metrics, self._samples = (open(path, "ab") for path in paths)  # noqa: SIM115
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, seed: int, max_prompt_to
         config = replace(config, prompt_column="prompt", answer_column="answer")
     train_rows, eval_rows = _read(config, seed)
     prompt_keys = {id(row): _prompt_key(row, config) for row in [*train_rows, *eval_rows]}
-    if config.eval_path is None and config.eval_split is None and config.source != "arithmetic":
+    if _splits(config):
         eval_rows = _hold_out(train_rows, prompt_keys, config)
     held_out = {prompt_keys[id(row)] for row in eval_rows}
     kept_rows = [row for row in train_rows if prompt_keys[id(row)] not in held_out]
@@ -78,6 +78,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, seed: int, max_prompt_to
 
 
 def _splits(config: DataConfig) -> bool:
+    """Whether questions are held out of the training file, because none of their own are given."""
     return config.source != "arithmetic" and config.eval_path is None and config.eval_split is None
 
 
@@ -95,8 +96,6 @@ def _check(config: DataConfig) -> None:
         raise UserError(f"data.eval_split={config.eval_split} is only read by data.source=hub; use data.eval_path")
     if config.long_prompts not in ("fail", "drop"):
         raise UserError(f"data.long_prompts={config.long_prompts} is unknown; use fail or drop")
-    if config.eval_size < 0:
-        raise UserError(f"data.eval_size={config.eval_size} is negative; use 0 to hold nothing out")
     if config.prompt_template.count("{prompt}") != 1:
         raise UserError(f"data.prompt_template={config.prompt_template!r} must hold {{prompt}} once")
 

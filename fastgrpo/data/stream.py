@@ -22,8 +22,7 @@ class PromptStream:
     """
 
     def __init__(self, prompts: list[Prompt], *, seed: int, shuffle: bool) -> None:
-        if not prompts:
-            raise UserError("there are no training prompts; check data.path and data.long_prompts")
+        assert prompts, "no training prompts"
         self._prompts = prompts
         self._seed = seed
         self._shuffle = shuffle

@@ -45,7 +45,6 @@ def error_of(*args, **changes):
         ),
         ({"eval_split": "test"}, "data.eval_split=test is only read by data.source=hub; use data.eval_path"),
         ({"long_prompts": "cut"}, "data.long_prompts=cut is unknown; use fail or drop"),
-        ({"eval_size": -1}, "data.eval_size=-1 is negative; use 0 to hold nothing out"),
         ({"prompt_template": "Q:"}, "data.prompt_template='Q:' must hold {prompt} once"),
     ],
 )
