@@ -114,25 +114,25 @@ def _lines(lines: Sequence[Line], buckets: Buckets, x: Axis, y: Axis, window: in
     for line in lines:
         style = f'style="stroke:var(--{line.color})"'
         dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
-        points = [(p, y(v)) if v is not None else None for p, v in zip(positions, line.values, strict=True)]
+        points = _points(positions, line.values, y)
         if line.dots:
             found = [point for point in points if point is not None]
-            out += f'<path class="line" {style}{dash} d="{_trace(list(found))}"/>'
+            out += f'<path class="line" {style}{dash} d="{_trace(found)}"/>'
             out += f'<path class="dot" {style} d="{"".join(f"M{px} {py}h0" for px, py in found)}"/>'
             continue
-        out += f'<path class="line raw" {style} d="{_trace(points)}"/>' if window > 1 else ""
-        if window == 1:
-            out += f'<path class="line" {style}{dash} d="{_trace(points)}"/>'
-        else:
-            course = [
-                (p, y(v)) if v is not None else None
-                for p, v in zip(positions, smooth(line.values, window), strict=True)
-            ]
-            out += f'<path class="line" {style}{dash} d="{_trace(course)}"/>'
+        course = points
+        if window > 1:
+            out += f'<path class="line raw" {style} d="{_trace(points)}"/>'
+            course = _points(positions, smooth(line.values, window), y)
+        out += f'<path class="line" {style}{dash} d="{_trace(course)}"/>'
         alone = "".join(f"M{point[0]} {point[1]}h0" for point in _isolated(points))
         if alone:
             out += f'<path class="dot" {style} d="{alone}"/>'
     return out
+
+
+def _points(positions: Sequence[float], values: Values, y: Axis) -> list[tuple[float, float] | None]:
+    return [None if value is None else (x, y(value)) for x, value in zip(positions, values, strict=True)]
 
 
 def _band(line: Line, positions: Sequence[float], y: Axis) -> str:

@@ -24,28 +24,20 @@ def build(
     name: str, rows: Sequence[Row], kept: Mapping[str, samples.Ends], config: Config, config_text: str, written: str
 ) -> str:
     """The whole document, from merged rows in order of their steps."""
-    sections, charts = [_header(name, rows, config, written)], []
+    figures, script = '<p class="lead">No step is recorded yet.</p>', ""
     if rows:
         buckets = make_buckets(rows)
-        further = further_charts(buckets)
-        ledger = ledger_chart(buckets)
-        charts = [*main_charts(buckets), *further, *([ledger] if ledger else [])]
-        sections += [_curves(buckets, charts[: len(charts) - len(further) - bool(ledger)], further)]
-        sections += [_time(buckets, ledger, rows)]
-    else:
-        sections.append('<p class="lead">No step is recorded yet.</p>')
-    sections += [samples.render(kept), _configuration(config_text)]
-    script = (
-        ""
-        if not rows
-        else (f'<script type="application/json" id="data">{_data(buckets, charts)}</script><script>{SCRIPT}</script>')
-    )
-    head, *rest = sections
+        main, further, ledger = main_charts(buckets), further_charts(buckets), ledger_chart(buckets)
+        figures = _curves(buckets, main, further) + _time(buckets, ledger, rows)
+        data = _data(buckets, [*main, *further, *([ledger] if ledger else [])])
+        script = f'<script type="application/json" id="data">{data}</script><script>{SCRIPT}</script>'
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(name)} · fastgrpo</title><style>{CSS}</style></head><body>{head}<main>{''.join(rest)}</main>"
+        f"<title>{escape(name)} · fastgrpo</title><style>{CSS}</style></head><body>"
+        f"{_header(name, rows, config, written)}"
+        f"<main>{figures}{samples.render(kept)}{_configuration(config_text)}</main>"
         f"<footer>Made by fastgrpo from metrics.jsonl, samples.jsonl and config.yaml beside this file.</footer>"
         f"{script}</body></html>\n"
     )
