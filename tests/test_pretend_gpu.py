@@ -7,10 +7,10 @@ import pytest
 from builders import save_tiny_model, small_run
 from pretend_gpu import NUM_WAITS, install
 from processes import fastgrpo
+from runs import without_clock
 
 from fastgrpo.metrics import read_jsonl
 
-OF_THE_MACHINE = ("time/", "memory/", "tokens_per_second")
 RUNS = {
     "reference": ("qwen2", "algorithm.kl_coef=0.05", "algorithm.reference.schedule=ema", "sampling.top_p=0.9"),
     "minibatches": ("llama", "train.num_minibatches=2", "learner.max_tokens_per_microbatch=40", "algorithm=dapo"),
@@ -28,8 +28,7 @@ RUNS = {
 
 
 def rows(directory: str) -> list[dict]:
-    found = read_jsonl(Path(directory) / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)} for row in found]
+    return without_clock(read_jsonl(Path(directory) / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("name", RUNS)

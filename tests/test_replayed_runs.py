@@ -2,14 +2,10 @@
 
 import pytest
 from builders import save_tiny_model, small_run
+from runs import rows_of, without_clock
 
-from fastgrpo.assemble import assemble
 from fastgrpo.config import UserError
 from fastgrpo.main import compose, with_shorthands
-from fastgrpo.metrics import read_jsonl
-from fastgrpo.ranks import join_job
-from fastgrpo.signals import StopRequest
-from fastgrpo.trainer import train
 from fastgrpo.validate import validate
 
 REPLAYED = "moe/replayed_difference"
@@ -21,14 +17,11 @@ def tiny_moe(tmp_path_factory):
 
 
 def config_of(*options):
-    return compose("train", with_shorthands([*options, "run.console=none", "learner.router_replay=true"]))[0]
+    return compose("train", with_shorthands([*options, "learner.router_replay=true"]))[0]
 
 
 def trained(*options):
-    config = config_of(*options)
-    with assemble(config, join_job()) as run:
-        train(run, StopRequest(print))
-        return read_jsonl(run.run_dir / "metrics.jsonl")
+    return rows_of(*options, "learner.router_replay=true")
 
 
 def test_replay_is_exact_while_the_policy_stands_still_and_tells_how_far_it_has_moved(workplace, tiny_moe):
@@ -52,10 +45,6 @@ def test_choices_of_unfinished_completions_survive_a_stop(workplace, tiny_moe):
     assert whole[-1][REPLAYED] > 0
     trained(*options, "run.dir=other")
     again = trained(*options, "run.dir=other", "resume=other/checkpoints/step-000002")
-
-    def without_clock(rows):
-        return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tokens_"))} for row in rows]
-
     assert without_clock(whole) == without_clock(again)
 
 

@@ -23,6 +23,7 @@ from processes import (
     kill_in_the_middle_of_saving,
     signal_at,
 )
+from runs import without_clock
 from safetensors.torch import load_file
 
 from fastgrpo.metrics import read_jsonl
@@ -65,18 +66,14 @@ def undisturbed(tiny_qwen2, tmp_path_factory):
     return directory / "run"
 
 
-def without_clock(path: Path) -> list[dict]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"}
-        for row in rows
-    ]
+def rows_in(run: Path) -> list[dict]:
+    return without_clock([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
     """Weights, metrics, samples and the last checkpoint, bit for bit."""
     assert (run / "hf/model.safetensors").read_bytes() == (expected / "hf/model.safetensors").read_bytes()
-    assert without_clock(run / "metrics.jsonl") == without_clock(expected / "metrics.jsonl")
+    assert rows_in(run) == rows_in(expected)
     assert (run / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
     assert checkpoints(run) == checkpoints(expected)
     newest = [path / "checkpoints" / checkpoints(expected)[-1] for path in (run, expected)]

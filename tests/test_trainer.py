@@ -4,7 +4,6 @@ import json
 import math
 import re
 import statistics
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,35 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from builders import make_groups, save_tiny_model, small_run
+from runs import assembled, rows_of, without_clock
 
 from fastgrpo import commands
-from fastgrpo.assemble import assemble
 from fastgrpo.config import UserError
 from fastgrpo.help import group_choices
 from fastgrpo.kernels.objective import Objective
-from fastgrpo.main import compose, with_shorthands
+from fastgrpo.main import compose
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import add_logprobs, make_minibatch
-from fastgrpo.ranks import join_job
 from fastgrpo.samplers import make_sampler
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import compute_advantages, train
 
 PARTS = ("generate", "environment", "reward", "logprobs", "update", "share", "checkpoint", "eval", "other")
-
-
-@contextmanager
-def assembled(*overrides: str):
-    config, _ = compose("train", with_shorthands([*overrides, "run.console=none"]))
-    with assemble(config, join_job()) as run:
-        yield run
-
-
-def rows_of(*overrides: str) -> list[dict]:
-    """Train as configured; the rows of metrics.jsonl."""
-    with assembled(*overrides) as run:
-        train(run, StopRequest(print))
-    return read_jsonl(run.run_dir / "metrics.jsonl")
 
 
 def updates_of(run):
@@ -528,13 +512,6 @@ def test_tokens_count_the_prompt_once_for_every_completion(workplace, tiny_qwen2
     row = rows_of(*small_run(tiny_qwen2, "train.num_steps=1", "sampling.stop_token_ids=[]"))[-1]
     assert row["tokens"] == 4 * 4 * (len("123+456=") + 6)
     assert row["response_length/min"] == row["response_length/max"] == 6
-
-
-def without_clock(rows: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/")) and k != "tokens_per_second"}
-        for row in rows
-    ]
 
 
 def test_a_seed_repeats_the_run_and_another_does_not(workplace, tiny_qwen2):
