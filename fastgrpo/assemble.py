@@ -21,19 +21,12 @@ from fastgrpo.data.replies import ReplyEncoder
 from fastgrpo.environment.asking import Environment, load_environment
 from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.objective import Objective
-from fastgrpo.learners import (
-    QUICKSTART_CONTEXT,
-    check_layout,
-    config_of_model,
-    describe,
-    device_of,
-    export,
-    make_learner,
-)
+from fastgrpo.learners import check_layout, make_learner
 from fastgrpo.metrics import Ledger
 from fastgrpo.models import hf, tiny
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import Plan, device_memory, make_plan
+from fastgrpo.policy import QUICKSTART_CONTEXT, config_of_model, describe, device_of, export
 from fastgrpo.ranks import Ranks
 from fastgrpo.resume import find_checkpoint, open_log, restore
 from fastgrpo.rewards.scoring import Rewards

@@ -13,11 +13,7 @@ from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models import hf, lora
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
-from fastgrpo.policy import QUICKSTART_CONTEXT as QUICKSTART_CONTEXT
-from fastgrpo.policy import config_of_model as config_of_model
-from fastgrpo.policy import describe as describe
 from fastgrpo.policy import device_of, load_model, model_directory
-from fastgrpo.policy import export as export
 from fastgrpo.ranks import Ranks, started_by_torchrun
 
 
