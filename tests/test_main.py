@@ -150,7 +150,7 @@ CONFIGURATION = {
     ),
     "unknown name": (
         "algorithm.advantage=gae",
-        "algorithm.advantage=gae: choose one of std, mean, leave_one_out, process",
+        "algorithm.advantage=gae: choose one of std, mean, batch_std, leave_one_out, process",
     ),
     "objective": (
         "algorithm.surrogate=ppo",
@@ -457,7 +457,7 @@ def test_help_lists_every_key_with_its_meaning_and_every_choice(call):
     for key in leaves:
         assert f"\n  {key}=" in out, key
     assert "  algorithm.group_size=8\n      G, completions per prompt.\n" in out
-    assert "  algorithm  cispo | dapo | dr_grpo | grpo | gspo | rloo | sapo\n" in out
+    assert "  algorithm   cispo | dapo | dr_grpo | grpo | gspo | rloo | sapo\n" in out
     assert "--multirun" in out
     assert call("eval", "--help")[1].startswith("usage: fastgrpo eval [KEY=VALUE ...]\n")
 
