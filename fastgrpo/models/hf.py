@@ -38,13 +38,22 @@ def _check_supported(config: Any, path: str) -> None:
             f"model.path={path}: model type {config.model_type!r} is not supported; "
             f"use one of {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    if _has_window(config):
         raise UserError(f"model.path={path}: sliding-window attention is not supported; use a model without it")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in UNSUPPORTED_ROPE_TYPES:
         raise UserError(
             f"model.path={path}: rotary type {rope!r} is not supported; use default, linear, llama3 or yarn"
         )
+
+
+def _has_window(config: Any) -> bool:
+    """Whether transformers or vLLM would show a token only the last so many before it."""
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return True
+    if config.model_type in ("qwen2", "qwen3"):  # theirs is in the layers that layer_types names, the others' in all
+        return False
+    return getattr(config, "sliding_window", None) is not None
 
 
 def _local_or_hub(key: str, path: str) -> str:

@@ -30,7 +30,6 @@ def test_a_saved_directory_loads_bit_by_bit(tmp_path, kind):
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model type 'gpt2' is not supported; use one of qwen2, qwen3, llama"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention is not supported"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "rotary type 'dynamic' is not supported",
@@ -42,6 +41,38 @@ def test_models_that_would_be_wrong_are_refused_by_name(tmp_path, changes, messa
     with pytest.raises(UserError) as error:
         hf.load_model(path, device="cpu", dtype=torch.float32)
     assert str(error.value).startswith(f"model.path={path}: {message}")
+
+
+FULL, SLIDING = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("qwen2", {"layer_types": SLIDING}),
+        ("qwen2", {"layer_types": None, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+        ("llama", {"sliding_window": 4096}),
+        ("llama", {"layer_types": SLIDING}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}),
+    ],
+)
+def test_a_sliding_window_is_refused_wherever_it_is_written(tmp_path, kind, changes):
+    path = saved(tmp_path, kind, **changes)
+    with pytest.raises(UserError) as error:
+        hf.load_config(path)
+    message = "sliding-window attention is not supported; use a model without it"
+    assert str(error.value) == f"model.path={path}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("qwen2", {"layer_types": FULL, "use_sliding_window": True, "sliding_window": 16}),
+        ("qwen3_moe", {"use_sliding_window": False, "sliding_window": 16}),
+    ],
+)
+def test_a_sliding_window_that_no_layer_has_is_none(tmp_path, kind, changes):
+    assert hf.load_config(saved(tmp_path, kind, **changes)).model_type == kind
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "nowhere"])
