@@ -70,7 +70,7 @@ class ModelConfig:
     """The policy."""
 
     path: str | None = None
-    """A local Hugging Face directory (Qwen2, Qwen3, Qwen3-MoE, Llama) or a hub name; null builds a small Qwen3."""
+    """A local directory (Qwen2, Qwen3, Qwen3-MoE, Llama, Mistral) or a hub name; null builds a small Qwen3."""
     tokenizer_path: str | None = None
     """Another directory for the tokenizer; null uses model.path."""
     hidden_size: int = 128

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from fastgrpo.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
-ALL_CONFIGS = {**CONFIGS, "qwen3_moe": Qwen3MoeConfig}
+ALL_CONFIGS = {**CONFIGS, "mistral": MistralConfig, "qwen3_moe": Qwen3MoeConfig}
 VOCABULARY = 61
 
 
@@ -45,6 +45,8 @@ def small_shape(kind: str, **more):
         "max_position_embeddings": 128,
         "bos_token_id": None,
     }
+    if kind == "mistral":  # as in Mistral-Nemo, its heads are not hidden / heads wide
+        fixed |= {"head_dim": 6, "sliding_window": None}
     if kind == "qwen3_moe":
         fixed |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     return ALL_CONFIGS[kind](**fixed | more)

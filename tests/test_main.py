@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import REWARDS, small_run
+from builders import REWARDS, save_tiny_model, small_run
 from hydra.core.singleton import Singleton
 
 from fastgrpo.config import UserError
 from fastgrpo.help import all_keys
 from fastgrpo.main import main
 from fastgrpo.metrics import read_jsonl
+from fastgrpo.models.hf import load_config
 
 
 @pytest.fixture
@@ -311,8 +312,8 @@ def test_a_path_to_nothing_is_refused(refusal):
 
 def test_an_unsupported_model_is_refused(refusal, broken_model):
     edit_json(broken_model / "config.json", model_type="gpt2")
-    line = refusal("train", *small_run("model"))
-    assert line == "model.path=model: model type 'gpt2' is not supported; use one of qwen2, qwen3, llama, qwen3_moe"
+    mend = "use one of llama, mistral, qwen2, qwen3, qwen3_moe"
+    assert refusal("train", *small_run("model")) == f"model.path=model: model type 'gpt2' is not supported; {mend}"
 
 
 def test_a_model_without_weights_is_refused(refusal, broken_model):
@@ -584,9 +585,11 @@ def test_eval_without_held_out_questions_is_refused(refusal, tiny_qwen2):
     assert line == "data.eval_size=0: no held-out questions to measure on; raise it or give data.eval_path"
 
 
-def test_a_llama_trains_too(call, tiny_llama):
-    assert call("train", *small_run(tiny_llama, "train.num_steps=1"))[0] == 0
-    assert json.loads(Path("run/hf/config.json").read_text())["model_type"] == "llama"
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_other_families_train_too(call, tmp_path, kind):
+    model = save_tiny_model(tmp_path / "model", kind)
+    assert call("train", *small_run(model, "train.num_steps=1"))[0] == 0
+    assert load_config("run/hf").model_type == kind
 
 
 def test_a_path_selects_the_groups_that_go_with_it(call, tiny_qwen2):

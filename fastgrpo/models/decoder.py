@@ -1,9 +1,9 @@
 """The decoder of a Hugging Face model on that model's own parameters: rows in, hidden states out, attention handed in.
 
-Qwen2, Qwen3 and Llama are one architecture with different options. Computing it here instead of in their modules
-lets query, key and value be one product and gate and up another, and attention be whatever the caller needs: packed
-training, prefill and decoding with a cache are three small objects. A module that is no plain matrix (an adapter) or
-no SwiGLU (experts) is called as it is.
+Qwen2, Qwen3, Llama and Mistral are one architecture with different options. Computing it here instead of in their
+modules lets query, key and value be one product and gate and up another, and attention be whatever the caller needs:
+packed training, prefill and decoding with a cache are three small objects. A module that is no plain matrix (an
+adapter) or no SwiGLU (experts) is called as it is.
 
 Letters: T rows, H hidden, A / C query / key heads, D head size.
 """

@@ -21,10 +21,9 @@ from transformers.utils import logging as hf_logging
 from fastgrpo.config import UserError
 from fastgrpo.kernels.cpu_linear import use_cpu_linear
 from fastgrpo.models.decoder import CausalLM
+from fastgrpo.models.shape import MODEL_TYPES
 from fastgrpo.models.storage import lay_out
 
-# Checked end to end against the plain Hugging Face model by tests/models/test_decoder.py.
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "qwen3_moe")
 # These rotate by the longest position of a batch, so a token's logits would depend on its neighbours.
 UNSUPPORTED_ROPE_TYPES = ("dynamic", "longrope")
 
@@ -33,13 +32,12 @@ hf_logging.disable_progress_bar()
 
 
 def _check_supported(config: Any, path: str) -> None:
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"model.path={path}: model type {config.model_type!r} is not supported; "
-            f"use one of {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    if _has_window(config):
+    if _has_window(config):  # before the type: of a Mistral with layer_types transformers makes a Ministral
         raise UserError(f"model.path={path}: sliding-window attention is not supported; use a model without it")
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(
+            f"model.path={path}: model type {config.model_type!r} is not supported; use one of {', '.join(MODEL_TYPES)}"
+        )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in UNSUPPORTED_ROPE_TYPES:
         raise UserError(

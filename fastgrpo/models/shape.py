@@ -11,6 +11,8 @@ from typing import Any
 
 from fastgrpo.models.storage import VOCAB_MULTIPLE
 
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+"""The families that every room computes: one architecture, whose options Shape.of tells apart."""
 KV_BLOCK = 128
 """Tokens; no block of a sampler's cache is larger."""
 

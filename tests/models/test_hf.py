@@ -29,7 +29,7 @@ def test_a_saved_directory_loads_bit_by_bit(tmp_path, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model type 'gpt2' is not supported; use one of qwen2, qwen3, llama"),
+        ({"model_type": "gpt2"}, "model type 'gpt2' is not supported; use one of llama, mistral, qwen2, qwen3"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "rotary type 'dynamic' is not supported",
@@ -51,6 +51,9 @@ FULL, SLIDING = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
     [
         ("qwen2", {"layer_types": SLIDING}),
         ("qwen2", {"layer_types": None, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+        ("mistral", {"sliding_window": 4096}),
+        ("mistral", {"sliding_window": 4096, "layer_types": FULL}),
+        ("mistral", {"layer_types": SLIDING}),
         ("llama", {"sliding_window": 4096}),
         ("llama", {"layer_types": SLIDING}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}),

@@ -71,7 +71,7 @@ def gradients(learner, batch):
     return learner.update([batch], OBJECTIVE), seen
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [*CONFIGS, "mistral"])
 def test_gradients_are_those_of_the_merged_matrices(kind):
     """W' = W + s B A gives dB = s dW' A^T and dA = s B^T dW'."""
     model, adapters = with_adapters(kind)

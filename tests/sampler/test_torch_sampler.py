@@ -27,7 +27,7 @@ def plain_logprobs(model, prompt, rollout, temperature=1.0):
     return logits.log_softmax(-1).gather(-1, rollout.token_ids[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [*CONFIGS, "mistral"])
 @pytest.mark.parametrize("lengths", [[9, 3, 1, 14], [6, 6]], ids=["ragged", "uniform"])
 def test_logprobs_are_the_plain_models(kind, lengths):
     params = SamplingParams(temperature=0.7, max_new_tokens=20, stop_token_ids=STOPS)

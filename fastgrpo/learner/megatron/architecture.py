@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import UserError
-from fastgrpo.models.shape import Shape
-
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+from fastgrpo.models.shape import MODEL_TYPES, Shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,7 @@ class Case:
 CASES = (
     Case(processes=1, layout=Layout()),
     Case(processes=1, layout=Layout(), model="llama-yarn"),
+    Case(processes=1, layout=Layout(), model="mistral"),
     Case(processes=1, layout=Layout(), model="qwen3_moe-unscaled"),
     Case(processes=2, layout=Layout(tp=2)),
     Case(processes=2, layout=Layout(tp=2), model="qwen2-tied"),
@@ -133,6 +134,8 @@ def model_of(name: str) -> nn.Module:
     }
     if kind == "qwen3":
         shape["head_dim"] = 32
+    if kind == "mistral":
+        shape |= {"head_dim": 8, "sliding_window": None}
     if kind == "qwen3_moe":
         shape |= {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
         shape["num_hidden_layers"] = 2
@@ -149,6 +152,7 @@ def model_of(name: str) -> nn.Module:
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     }[kind]
     torch.manual_seed(0)
     model = model_type(config_type(**shape)).float()

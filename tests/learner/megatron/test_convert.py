@@ -51,7 +51,10 @@ def test_a_directory_without_safetensors_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (transformers.GPT2Config(), "model type 'gpt2' is not supported; use one of llama, qwen2, qwen3, qwen3_moe"),
+        (
+            transformers.GPT2Config(),
+            "model type 'gpt2' is not supported; use one of llama, mistral, qwen2, qwen3, qwen3_moe",
+        ),
         (transformers.Qwen3MoeConfig(**TINY, mlp_only_layers=[0]), "a model with experts in some layers only"),
         (transformers.LlamaConfig(**TINY, attention_bias=True), "a model with attention_bias=true is not supported"),
         (transformers.LlamaConfig(**TINY, mlp_bias=True), "a model with mlp_bias=true is not supported"),

@@ -19,9 +19,9 @@ from fastgrpo.types import PackedBatch, Prompt, RolloutGroup, SamplingParams
 
 VOCABULARY = 509
 """Padded to 512, so the second half of a vocabulary cut in two ends in 3 rows that are no token."""
-MODELS = {"qwen2": True, "qwen3": True, "llama": False, "qwen3_moe": False}
-"""Kind to whether its head is tied: Qwen2 brings biases, Qwen3 norms of queries and keys, Llama a head of its own, and
-Qwen3-MoE experts."""
+MODELS = {"qwen2": True, "qwen3": True, "llama": False, "mistral": False, "qwen3_moe": False}
+"""Kind to whether its head is tied: Qwen2 brings biases, Qwen3 norms of queries and keys, Llama a head of its own,
+Mistral heads that are not hidden / heads wide in a model class of its own, and Qwen3-MoE experts."""
 TRAIN = TrainConfig(learning_rate=1e-2)
 OBJECTIVE = Objective()
 SAMPLING = SamplingParams(max_new_tokens=12, stop_token_ids=(1,))
@@ -37,8 +37,8 @@ def save_model(directory: Path, kind: str) -> str:
     shape = small_shape(
         kind,
         vocab_size=VOCABULARY,
-        hidden_size=128,  # vLLM's attention on a CPU wants heads of 32 or more
-        head_dim=32,
+        hidden_size=160 if kind == "mistral" else 128,
+        head_dim=32,  # vLLM's attention on a CPU wants 32 or more
         intermediate_size=96,
         tie_word_embeddings=MODELS[kind],
         eos_token_id=1,
