@@ -128,7 +128,8 @@ def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBas
     """
     source = _local_or_hub(key, path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Where mistral-common is installed, as vLLM wants it, transformers would rather read a Mistral's tekken.json.
+        tokenizer = AutoTokenizer.from_pretrained(source, mistral_format=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{key}={path}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None or _made_up(tokenizer.eos_token, Path(source) / "tokenizer.json"):

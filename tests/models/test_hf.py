@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from builders import ALL_CONFIGS, make_model
+from builders import ALL_CONFIGS, byte_tokenizer, make_model
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.mistral import tokenizer as mistral_tokenizer
+from transformers.models.auto import tokenization_auto
 
 from fastgrpo.config import UserError
 from fastgrpo.models import hf
@@ -101,6 +103,16 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no EOS token, so completions cannot end; set eos_token"):
         hf.load_tokenizer(str(tmp_path))
+
+
+def test_a_mistrals_tokenizer_does_not_depend_on_other_packages(tmp_path, monkeypatch):
+    """transformers as it is beside mistral-common, and a directory with both formats."""
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    monkeypatch.setattr(mistral_tokenizer, "is_mistral_common_available", lambda: True)
+    path, plain = saved(tmp_path, "mistral"), byte_tokenizer()
+    plain.save_pretrained(path)
+    (tmp_path / "tekken.json").write_text("{}")
+    assert hf.load_tokenizer(path)("12 + 3")["input_ids"] == plain("12 + 3")["input_ids"]
 
 
 def test_stop_tokens_are_the_tokenizers_and_the_generation_configs():
