@@ -111,7 +111,7 @@ class TorchLogprobRows:
     def finish(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
         total_max, log_total, (log_p, entropy) = torch_rows.combine(gathered)
         own_max = gathered[self.rank, :, 0].contiguous()
-        self._state = own_max, log_total + (total_max - own_max), entropy
+        self._state = own_max, torch_rows.log_sum_from(own_max, total_max, log_total), entropy
         return log_p, entropy
 
     def state(self) -> Sequence[Tensor]:

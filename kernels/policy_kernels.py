@@ -72,6 +72,7 @@ def policy_kernel(
     row = LOGITS + row_index * logits_stride
     record = RECORDS + token
     weight = tl.load(WEIGHTS + token).to(tl.float32)
+    target = tl.load(TARGETS + token)  # with the weight: the row's own logit waits for it
     if weight == 0.0:
         for k in tl.static_range(10):
             tl.store(record + k * num_tokens, 0.0)
@@ -79,7 +80,6 @@ def policy_kernel(
             write_zeros(GRAD + row_index * grad_stride, 0, num_columns, BLOCK)
     else:
         scale = inverse_temperature * LOG2E
-        target = tl.load(TARGETS + token)
         column = target - first_column
         column = tl.where((column >= 0) & (column < num_valid), column, -1)
         own_logit = float("-inf")

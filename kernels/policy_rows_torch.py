@@ -46,7 +46,7 @@ class TorchPolicyRows:
         self.records[:, slice(*span)] = terms.records
         self._unit = span
         self._own_max = gathered[self.rank, :, 0]
-        self._log_sum = log_total + (total_max - self._own_max)
+        self._log_sum = torch_rows.log_sum_from(self._own_max, total_max, log_total)
         self._row_entropy = row_entropy
         per_logit = 1.0 / self.objective.temperature
         self._grad_logprob = terms.grad_logprob * per_logit

@@ -134,13 +134,18 @@ def combine(gathered: Tensor, inverse_temperature: float = 1.0) -> tuple[Tensor,
     """
     row_max, row_sum, row_shifted, target_logit = gathered.unbind(-1)  # (R, N) each
     total_max = row_max.amax(0)
-    drop = (row_max - total_max) * inverse_temperature
+    drop = ((row_max - total_max) * inverse_temperature).clamp(min=EMPTY_MAX)  # finite, for it meets a 0
     factor = torch.exp(drop)
     total = (factor * row_sum).sum(0)
     shifted = (factor * (row_shifted + drop * row_sum)).sum(0)
     log_total = total.log()
     log_p = (target_logit.amax(0) - total_max) * inverse_temperature - log_total
     return total_max, log_total, torch.stack([log_p, log_total - shifted / total])
+
+
+def log_sum_from(own_max: Tensor, total_max: Tensor, log_total: Tensor) -> Tensor:
+    """log sum e^(z - own_max) over all shards (N,), from what `combine` returned; finite, for it meets a 0."""
+    return log_total + (total_max - own_max).clamp(max=-EMPTY_MAX)
 
 
 def local_columns(targets: Tensor, shard: VocabShard) -> Tensor:

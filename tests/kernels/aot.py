@@ -152,8 +152,28 @@ def compiled(capability: int) -> dict[tuple[str, Any], Any]:
     }
 
 
+def walks(sass: str) -> list[list[str]]:
+    """The loops along a row that carry no mask, as their instructions: four 16-byte loads and exponentials a round."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", sass)]
+    branches = [(at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)) for at, text in code]
+    loops = [
+        [text for at, text in code if int(to[1], 16) <= at <= last]
+        for last, to in branches
+        if to is not None and int(to[1], 16) < last
+    ]
+    return [loop for loop in loops if sum(text.startswith("LDG.E.128") for text in loop) == 4 and _exponentials(loop)]
+
+
+def _exponentials(loop: list[str]) -> int:
+    return sum("MUFU.EX2" in text for text in loop)
+
+
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers, stack and shared bytes, spill instructions and vector accesses of a compiled kernel."""
+    """Registers, stack and shared bytes, spill instructions and vector accesses of a compiled kernel.
+
+    walk_instructions, walk_exponentials: what a thread executes for four 16-byte loads of each walk along the row.
+    split_lines: a walk's loads that lie 16 bytes behind another of the same thread, so that both touch the same lines.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -174,6 +194,9 @@ def resources(kernel: Any) -> dict[str, int]:
         "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "vector_loads": len(re.findall(r"ld\.global[^;]*v4", kernel.asm["ptx"])),
         "vector_stores": len(re.findall(r"st\.global[^;]*v4", kernel.asm["ptx"])),
+        "walk_instructions": sum(map(len, walks(sass))),
+        "walk_exponentials": sum(map(_exponentials, walks(sass))),
+        "split_lines": sum("+0x10]" in text for walk in walks(sass) for text in walk if text.startswith("LDG")),
         "num_warps": kernel.metadata.num_warps,
     }
 
@@ -236,9 +259,9 @@ def main() -> None:
         print(json.dumps(table | {"kernels": rows}))
         return
     columns = list(next(iter(rows.values())))
-    print(f"{'kernel':<72}" + "".join(f"{c:>16}" for c in columns))
+    print(f"{'kernel':<72}" + "".join(f"{c:>18}" for c in columns))
     for name, row in rows.items():
-        print(f"{name:<72}" + "".join(f"{row[c]:>16}" for c in columns))
+        print(f"{name:<72}" + "".join(f"{row[c]:>18}" for c in columns))
     if "--write" in sys.argv:
         TABLE.write_text(json.dumps(table | {"kernels": rows}, indent=1) + "\n")
 

@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fastgrpo.kernels import vocab_parallel
+from fastgrpo.kernels import reference, vocab_parallel
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
+from fastgrpo.kernels.logprobs import TorchLogprobRows, TritonLogprobRows
+from fastgrpo.kernels.vocab_parallel import VocabShard
 from fastgrpo.verify import cases
 
 VOCAB_SIZE, PADDED = 613, 640  # the last of four shards is mostly padding
@@ -92,3 +94,34 @@ def test_shards_equal_the_whole(world, dtype, backend, names):
             torch.testing.assert_close(got, value, **tolerance)
         # one all-gather a unit of the policy loss (chunks of 7, or sequences), one for all of linear_logprobs
         assert all(rank[name][1] <= 4 for rank in answers)
+
+
+def _rows_of_shard(backend, targets, shard, tile):
+    if backend == "torch":
+        return TorchLogprobRows(targets, shard, tile, temperature=1.0, entropy=True, finite=False)
+    return TritonLogprobRows(targets, shard, lambda tile, _: torch.empty_like(tile), temperature=0.5, entropy=True)
+
+
+@pytest.mark.parametrize(("backend", "temperature"), [("torch", 1.0), ("triton", 0.5)])
+@pytest.mark.parametrize(
+    "largest", [(3e38, -3e38), (-3e38, 3e38), (1e4, -1e4), (-200.0, -201.0), (0.0, float("-inf"))], ids=str
+)
+def test_shards_whose_logits_lie_far_apart(backend, temperature, largest):
+    """Two shards in one process, the largest logits so far apart that the distance times 2 is infinite."""
+    targets, span = torch.tensor([0, 1, 49]), (0, 3)
+    tiles = [value + torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) for value in largest]
+    exact = torch.cat(tiles, 1).double().requires_grad_()
+    want = reference.logprobs(exact, targets, temperature=temperature, entropy=True)
+    (want_grad,) = torch.autograd.grad(want[0].sum() + 2.0 * want[1].sum(), exact)
+
+    shards = [VocabShard(None, rank, 2, 50 * rank, 50, 100) for rank in range(2)]
+    rows = [_rows_of_shard(backend, targets, shard, tile) for shard, tile in zip(shards, tiles, strict=True)]
+    gathered = torch.stack([row.statistics(tile, span) for row, tile in zip(rows, tiles, strict=True)])
+    gradients = []
+    for row, tile in zip(rows, tiles, strict=True):
+        got = row.finish(gathered)
+        row.resume(row.state(), torch.ones(3), torch.full((3,), 2.0))
+        gradients.append(row.gradient(tile.clone(), span))
+    for mine, exactly in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, exactly.float(), rtol=1e-6, atol=5e-6)  # -6e38 is float32's -inf
+    torch.testing.assert_close(torch.cat(gradients, 1).double(), want_grad, rtol=1e-4, atol=5e-5)
