@@ -50,8 +50,8 @@ class _Call:
 
 def _run(
     hidden: Tensor, weight: Tensor, call: _Call, need_hidden: bool, need_weight: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-    """((sums (R,) float64 in RECORDS' order, logprobs (T,), entropy (T,)), (dHidden, dWeight))."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """((loss, sums (R,) in RECORDS' order, logprobs (T,), entropy (T,)), (dHidden, dWeight))."""
     batch, objective, shard = call.batch, call.objective, call.shard
     head = LinearHead(
         hidden,
@@ -92,11 +92,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
         ctx.call, ctx.weight, ctx.unit = call, weight, None
         if hidden.dtype == torch.float16 and call.grad_weight_buffer is None and hidden.shape[0]:
             call, ctx.unit = _in_units(call)
-        outputs, ctx.grads = _run(hidden, weight, call, need_hidden, need_weight)
-        ctx.mark_non_differentiable(*outputs)
+        (loss, sums, log_p, row_entropy), ctx.grads = _run(hidden, weight, call, need_hidden, need_weight)
+        ctx.mark_non_differentiable(sums, log_p, row_entropy)
         ctx.set_materialize_grads(False)
-        loss = outputs[0][0].to(outputs[1].dtype)
-        return loss if ctx.unit is None else loss * ctx.unit, *outputs
+        return loss if ctx.unit is None else loss * ctx.unit, sums, log_p, row_entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:

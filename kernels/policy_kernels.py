@@ -1,4 +1,4 @@
-"""The policy loss's Triton kernels: a row's loss and gradient in one walk, and a sequence's shared ratio.
+"""The policy loss's Triton kernels: a row's loss and gradient in one walk, a sequence's shared ratio, and the sums.
 
 token_terms.py has the mathematics, row_math.py the walk along a row, policy_rows_triton.py who launches what.
 
@@ -267,3 +267,19 @@ def sequence_kernel(
             token = first + lanes
             tl.store(SHARED_RATIO + token, ratio, mask=token < stop)
             tl.store(SHARED_GRAD + token, shared, mask=token < stop)
+
+
+@triton.jit(**unspecialized("RECORDS", "SUMS", "LOSS", "num_tokens"))
+def sum_kernel(RECORDS, SUMS, LOSS, num_tokens, BLOCK: tl.constexpr):
+    """One record summed over the tokens, in float64; the first is the loss."""
+    record = tl.program_id(0)
+    own = RECORDS + record.to(tl.int64) * num_tokens
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, num_tokens, BLOCK):
+        token = start + lanes
+        total += tl.load(own + token, mask=token < num_tokens, other=0.0).to(tl.float64)
+    value = tl.sum(total, 0).to(tl.float32)
+    tl.store(SUMS + record, value)
+    if record == 0:
+        tl.store(LOSS, value)

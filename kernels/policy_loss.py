@@ -44,7 +44,7 @@ class _PolicyLoss(torch.autograd.Function):
             head = GivenLogits(logits, batch.token_weights != 0, temperature=objective.temperature)
         if gradient:
             head.want_gradient(in_place=in_place)
-        outputs = walk(
+        loss, sums, log_p, row_entropy = walk(
             head,
             batch,
             objective,
@@ -54,9 +54,9 @@ class _PolicyLoss(torch.autograd.Function):
             gradient=gradient,
         )
         ctx.grads = head.grad_logits
-        ctx.mark_non_differentiable(*outputs)
+        ctx.mark_non_differentiable(sums, log_p, row_entropy)
         ctx.set_materialize_grads(False)
-        return outputs[0][0].to(outputs[1].dtype), *outputs
+        return loss, sums, log_p, row_entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

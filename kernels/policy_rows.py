@@ -41,6 +41,9 @@ class PolicyRows(Protocol):
     def finish(self, tile: Tensor, span: Span) -> None:
         """Records of a unit whose gradient nobody wants; the tile holds anything."""
 
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The records' sums over the tokens (R,), and the loss, which is the first of them, on its own."""
+
 
 def walk(
     head: Head,
@@ -51,13 +54,13 @@ def walk(
     entropy: bool,
     finite: bool,
     gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Every unit once: logits from the head, loss and gradient by the backend's rows, the gradient to the head.
 
     A unit of several chunks holds one sequence too long for a chunk; its logits are computed a second time
     once the sequence's ratio is known.
 
-    Returns: sums (R,) float64 of the records over the tokens, logprobs (T,), entropies (T,).
+    Returns: the loss (scalar), sums (R,) of the records over the tokens, logprobs (T,), entropies (T,).
     """
     batch = batch.tokens_at(head.kept)
     rows = _rows(head, batch, objective, shard, entropy=entropy, finite=finite)
@@ -84,8 +87,8 @@ def walk(
         for span in unit:
             dlogits = rows.gradient(tile if len(unit) == 1 else head.logits(span), span)
             head.accumulate(dlogits, span)
-    sums = rows.records.sum(1, dtype=torch.float64)
-    return sums, head.spread(rows.records[LOGPROB_ROW]), head.spread(rows.records[ENTROPY_ROW])
+    sums, loss = rows.sums()
+    return loss, sums, head.spread(rows.records[LOGPROB_ROW]), head.spread(rows.records[ENTROPY_ROW])
 
 
 def _rows(

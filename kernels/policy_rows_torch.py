@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgrpo.kernels import torch_rows
@@ -67,3 +68,7 @@ class TorchPolicyRows:
 
     def finish(self, tile: Tensor, span: Span) -> None:
         pass  # combine has recorded everything
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        sums = self.records.sum(1, dtype=torch.float64)
+        return sums, sums[0].to(self.records.dtype, copy=True)

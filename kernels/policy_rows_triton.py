@@ -18,7 +18,7 @@ from fastgrpo.kernels.chunks import Span
 from fastgrpo.kernels.launch import row_shape
 from fastgrpo.kernels.logprob_kernels import launch_statistics
 from fastgrpo.kernels.objective import LossInputs, Objective
-from fastgrpo.kernels.policy_kernels import policy_kernel, sequence_kernel
+from fastgrpo.kernels.policy_kernels import policy_kernel, sequence_kernel, sum_kernel
 from fastgrpo.kernels.token_terms import RECORDS
 from fastgrpo.kernels.vocab_parallel import VocabShard
 
@@ -92,6 +92,12 @@ class TritonPolicyRows:
 
     def finish(self, tile: Tensor, span: Span) -> None:
         self._launch(tile, span, None)  # looks at the statistics alone
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        num_records, num_tokens = self.records.shape
+        sums, loss = self.records.new_empty(num_records), self.records.new_empty(())
+        sum_kernel[(num_records,)](self.records, sums, loss, num_tokens, BLOCK=4096, num_warps=8)
+        return sums, loss
 
     def _launch(self, tile: Tensor, span: Span, out: Tensor | None) -> Tensor:
         objective, gathered, shard = self.objective, self._gathered, self.shard

@@ -48,6 +48,7 @@ KERNELS = {
     "gradient": logprob_kernels.gradient_kernel,
     "policy": policy_kernels.policy_kernel,
     "sequence": policy_kernels.sequence_kernel,
+    "sum": policy_kernels.sum_kernel,
     "group": group_advantages._group_kernel,
     "merge": merge_attention.merge_kernel,
     "scale": scale_gradient.scale_kernel,

@@ -5,9 +5,11 @@ host) raises. The kernels themselves are left out, and their launches counted.
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.kernels import group_advantages as advantages_file
 from fastgrpo.kernels import linear_logprobs as linear_logprobs_file
@@ -23,7 +25,7 @@ from fastgrpo.kernels.policy_loss import policy_loss
 CHECK = "check_row_targets"
 N, H, V = 96, 32, 200
 KERNELS = {
-    policy_rows_triton: ("policy_kernel", "sequence_kernel"),
+    policy_rows_triton: ("policy_kernel", "sequence_kernel", "sum_kernel"),
     logprob_kernels: ("statistics_kernel", "gradient_kernel"),
     logprobs: ("statistics_kernel",),
     advantages_file: ("_group_kernel",),
@@ -78,11 +80,30 @@ def test_the_loss_head_never_waits(name, launches):
     assert launches["policy_kernel"] >= 2  # one a chunk at least
 
 
-def test_the_loss_from_logits_is_one_launch(launches):
+class Operators(TorchDispatchMode):
+    """Those of torch's operators that would launch something: neither views nor bare allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and not function._schema.name.startswith(("aten::empty", "aten::new_empty")):
+            self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_advantages_and_loss_are_two_launches_beside_the_walk_along_the_rows(launches):
     _, _, batch = case()
+    rewards, ids = torch.empty(N, device="meta"), torch.empty(N, dtype=torch.int64, device="meta")
     logits = torch.empty(N, V, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    policy_loss(logits, batch, OBJECTIVES["token"], backend="triton").loss.backward()
-    assert launches == {"policy_kernel": 1}
+    with Operators() as operators:
+        batch = replace(batch, advantages=group_advantages(rewards, ids, backend="triton"))
+        out = policy_loss(logits, batch, OBJECTIVES["token"], backend="triton")
+    assert operators.names == ["aten::ne"]  # for the check of the targets, which CUDA tensors are spared
+    assert launches == {"_group_kernel": 1, "policy_kernel": 1, "sum_kernel": 1}
+    out.loss.backward()
+    assert logits.grad.shape == logits.shape
 
 
 def test_logprobs_never_wait(launches):

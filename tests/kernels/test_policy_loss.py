@@ -5,6 +5,7 @@ import torch
 
 from fastgrpo.kernels import reference
 from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.policy_kernels import sum_kernel
 from fastgrpo.kernels.policy_loss import policy_loss
 from fastgrpo.verify import cases, oracle
 
@@ -211,6 +212,15 @@ def test_metrics_and_masked_zeros(backend):
     without_gradient = policy_loss(logits.detach(), case.batch, objective, backend=backend)
     assert torch.equal(without_gradient.loss, got.loss)
     assert torch.equal(without_gradient.logprobs, got.logprobs)
+
+
+def test_records_are_summed_in_float64():
+    """More tokens than a program takes at once, and sums that float32 would round on the way."""
+    records = 1e4 + torch.randn(10, 9001, generator=torch.Generator().manual_seed(0))
+    sums, loss = torch.zeros(10), torch.zeros(())
+    sum_kernel[(10,)](records, sums, loss, 9001, BLOCK=4096, num_warps=8)
+    assert torch.equal(sums, records.double().sum(1).float())
+    assert loss == sums[0]
 
 
 def test_no_tokens_at_all():
