@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from harness import Table, Variant, compare
 from torch import Tensor
 
-from fastgrpo.kernels import varlen_kernels
+from fastgrpo.kernels import reference, varlen_kernels
 from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
 
 KERNEL = "segment_attention"
@@ -102,9 +102,12 @@ def is_exact(device: torch.device, name: str | None) -> bool:
             for count in (heads, kv_heads, kv_heads, heads)
         )
         results = []
-        for dtype in (torch.bfloat16, torch.float64):
+        for compute, which, dtype in (
+            (segment_attention, plan, torch.bfloat16),
+            (reference.segment_attention, segments, torch.float64),
+        ):
             inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-            out = segment_attention(*inputs, plan, scale=size**-0.5)
+            out = compute(*inputs, which, scale=size**-0.5)
             results.append((out, *torch.autograd.grad(out, inputs, grad.to(dtype))))
         if not all((a.double() - b).norm() <= 1e-2 * b.norm() for a, b in zip(*results, strict=True)):
             return False

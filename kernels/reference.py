@@ -175,6 +175,24 @@ def token_loss(
     return torch.where(scored, weights * loss, 0.0).sum(), metrics
 
 
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v where a row sees the past of its own segment and the whole of its segment's prefix.
+
+    Args: q (T, A, D) packed rows of A heads; k, v (T, C, D), A a multiple of C; segments (K, 4) integers: start, end,
+        prefix_start, prefix_end (equal where there is no prefix), which cover [0, T).
+    Returns: (T, A, D) float32 (float64 from float64), through a dense mask (T, T) and all scores (A, T, T).
+    """
+    rows = torch.arange(q.shape[0], device=q.device)
+    sees = torch.zeros(len(rows), len(rows), dtype=torch.bool, device=q.device)  # (T, T): row, key
+    for start, end, prefix_start, prefix_end in segments.tolist():
+        own, prefix = (rows >= start) & (rows <= rows[:, None]), (rows >= prefix_start) & (rows < prefix_end)
+        sees[start:end] = (own | prefix)[start:end]
+    heads_each = q.shape[1] // k.shape[1]
+    k, v = (_wide(x).repeat_interleave(heads_each, 1) for x in (k, v))  # (T, A, D)
+    scores = torch.einsum("iad,jad->aij", _wide(q), k) * scale
+    return torch.einsum("aij,jad->iad", scores.masked_fill(~sees, -torch.inf).softmax(-1), v)
+
+
 def check_targets(targets: Tensor, scored: Tensor, vocab_size: int) -> None:
     """Raise ValueError where a scored token's target is no token of the vocabulary."""
     wrong = scored & ((targets < 0) | (targets >= vocab_size))

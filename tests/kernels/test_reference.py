@@ -192,6 +192,22 @@ def test_target_outside_the_vocabulary_is_refused():
         reference.policy_loss(torch.zeros(2, 2), batch, Objective())
 
 
+def test_segment_attention_literal():
+    """With q = 0 a row is the mean of what it sees: prompt [0, 2), completions [2, 3) and [3, 5), of one key head."""
+    segments = torch.tensor([[0, 2, 0, 0], [2, 3, 0, 2], [3, 5, 0, 2]])
+    v = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64).view(5, 1, 1)
+    out = reference.segment_attention(torch.zeros(5, 2, 1).double(), v, v, segments, scale=1.0)
+    for head in range(2):
+        assert out[:, head, 0].tolist() == pytest.approx([1.0, 3 / 2, 7 / 3, 11 / 3, 27 / 4])
+
+
+def test_segment_attention_scales_the_scores():
+    """Row 1 sees keys 0 and 1 with scores 0 and 2 * 0.5: weights 1 / (1 + e) and e / (1 + e)."""
+    segments, v = torch.tensor([[0, 2, 0, 0]]), torch.tensor([0.0, 1.0]).view(2, 1, 1)
+    out = reference.segment_attention(torch.full((2, 1, 1), 2.0), v, v, segments, scale=0.5)
+    assert out.flatten().tolist() == pytest.approx([0.0, math.e / (1 + math.e)])
+
+
 SURROGATES = [
     Objective(surrogate=s, ratio_level=level)
     for s, level in itertools.product(("clip", "sapo", "reinforce"), ("token", "sequence"))

@@ -1,4 +1,4 @@
-"""Packed attention with shared prefixes against a dense float64 softmax under the same mask.
+"""Packed attention with shared prefixes against the specification's dense mask in float64.
 
 A GPU's way, two calls of a variable-length kernel, is computed here around a kernel of plain torch; what it asks of the
 real ones is checked on fake CUDA tensors.
@@ -13,22 +13,11 @@ import torch
 from plain_varlen import plain_backward, plain_forward
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo.kernels import merge_attention, varlen_kernels
+from fastgrpo.kernels import merge_attention, reference, varlen_kernels
 from fastgrpo.kernels.dense_attention import _plain_backward, _plain_forward, attention_backward, attention_with_lse
 from fastgrpo.kernels.row_share import RowShare
 from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
 from fastgrpo.kernels.varlen_kernels import NAMES, Sequences, VarlenKernel, choose
-
-
-def dense(q, k, v, segments, scale):
-    allowed = torch.zeros(len(q), len(q), dtype=torch.bool)
-    for start, end, prefix_start, prefix_end in segments.tolist():
-        allowed[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-        allowed[start:end, prefix_start:prefix_end] = True
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = torch.einsum("iad,jad->aij", q, k) * scale
-    return torch.einsum("aij,jad->iad", scores.masked_fill(~allowed, float("-inf")).softmax(-1), v)
 
 
 def layout(*groups):
@@ -72,7 +61,7 @@ def test_equals_the_dense_mask_with_its_gradient(name, dtype, tolerance, kernel)
     ours = [x.clone().requires_grad_() for x in inputs]
     oracle = [x.double().requires_grad_() for x in inputs]
     out = segment_attention(*ours, SegmentPlan(segments, kernel=kernel), scale=0.3)
-    expected = dense(*oracle, segments, 0.3)
+    expected = reference.segment_attention(*oracle, segments, scale=0.3)
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
     out.backward(grad)
     expected.backward(grad.double())
@@ -135,7 +124,8 @@ def test_a_gpu_computes_what_float64_does(name):
     plan, total = SegmentPlan(segments, "cuda", kernel=kernel), int(segments[:, 1].max())
     exact = [torch.randn(total, heads, 64).bfloat16().double().requires_grad_() for heads in (4, 2, 2, 4)]
     half = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
-    expected, out = dense(*exact[:3], segments, 0.125), segment_attention(*half[:3], plan, scale=0.125)
+    expected = reference.segment_attention(*exact[:3], segments, scale=0.125)
+    out = segment_attention(*half[:3], plan, scale=0.125)
     expected = (expected, *torch.autograd.grad(expected, exact[:3], exact[3]))
     out = (out, *torch.autograd.grad(out, half[:3], half[3]))
     for mine, theirs in zip(out, expected, strict=True):
