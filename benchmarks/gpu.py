@@ -28,6 +28,7 @@ import bench_logprobs
 import bench_policy_loss
 import torch
 from harness import RESULTS, Table, copy_bandwidth
+from torch import Tensor
 
 from fastgrpo.kernels import reference
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
@@ -138,21 +139,42 @@ def checks_of(task: tuple[VerifyConfig, str]) -> list[Check]:
 
 
 def far_rows(device: torch.device, num_rows: int, num_columns: int) -> bool:
-    """The first and last rows of large logits agree with those rows alone in float64."""
+    """The first and last rows of large logits agree with those rows alone in float64: logprobs, and a loss in place."""
     torch.manual_seed(0)
     logits = torch.randn(num_rows, num_columns, device=device, dtype=torch.bfloat16).requires_grad_()
-    targets = torch.randint(0, num_columns, (num_rows,), device=device)
-    log_p, entropy = logprobs(logits, targets, entropy=True)
+    ones = torch.ones(num_rows, device=device)
+    batch = LossInputs(
+        targets=torch.randint(0, num_columns, (num_rows,), device=device),
+        advantages=torch.randn(num_rows, device=device),
+        token_weights=ones,
+        old_logprobs=-10.0 * ones,
+    )
+    objective = Objective(entropy_coef=0.01)
+    ends = [(0, 32), (num_rows - 32, num_rows)]  # of a few rows, single roundings would be the norm
+    exact = [logits[slice(*end)].detach().double().requires_grad_() for end in ends]
+
+    log_p, entropy = logprobs(logits, batch.targets, entropy=True)
     (grad,) = torch.autograd.grad(log_p.sum() + entropy.sum(), logits)
-    for rows in (slice(0, 32), slice(num_rows - 32, num_rows)):  # of a few, single roundings would be the norm
-        exact = logits[rows].detach().double().requires_grad_()
-        want = reference.logprobs(exact, targets[rows], entropy=True)
-        (want_grad,) = torch.autograd.grad(want[0].sum() + want[1].sum(), exact)
-        if not torch.allclose(log_p[rows].double(), want[0], atol=2e-5, rtol=0.0):
+    for end, rows in zip(ends, exact, strict=True):
+        want, want_entropy = reference.logprobs(rows, batch.targets[slice(*end)], entropy=True)
+        (want_grad,) = torch.autograd.grad(want.sum() + want_entropy.sum(), rows)
+        if not agree(log_p[slice(*end)], want, grad[slice(*end)], want_grad):
             return False
-        if (grad[rows].double() - want_grad).norm() > 3e-3 * want_grad.norm():
+    del grad
+    overwritten = logits.detach().requires_grad_()
+    out = policy_loss(overwritten, batch, objective, in_place=True)
+    (grad,) = torch.autograd.grad(out.loss, overwritten)
+    for end, rows in zip(ends, exact, strict=True):
+        want_out = reference.policy_loss(rows, batch.tokens_from(*end), objective)
+        (want_grad,) = torch.autograd.grad(want_out.loss, rows)
+        if not agree(out.logprobs[slice(*end)], want_out.logprobs, grad[slice(*end)], want_grad):
             return False
     return True
+
+
+def agree(log_p: Tensor, want: Tensor, grad: Tensor, want_grad: Tensor) -> bool:
+    close = torch.allclose(log_p.double(), want, atol=2e-5, rtol=0.0)
+    return close and bool((grad.double() - want_grad).norm() <= 3e-3 * want_grad.norm())
 
 
 def repeats(device: torch.device, num_rows: int, num_columns: int) -> bool:

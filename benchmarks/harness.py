@@ -43,6 +43,8 @@ class Table:
     device: torch.device
     deadline: float = float("inf")
     rows: list[dict[str, str]] = field(default_factory=list)
+    copy_rate: float | None = None
+    """GB/s of a copy, read plus written: what bandwidths are compared with."""
 
     def __post_init__(self) -> None:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "none (CPU smoke test)"
@@ -132,7 +134,10 @@ def compare(
         whole = modes["full" if differentiates else "forward"]
         medians[name] = statistics.median(whole)
         if bytes_moved:
-            table.add(kernel, name, "full", "bandwidth", "GB/s", x, [bytes_moved / t / 1e6 for t in whole])
+            rates = [bytes_moved / t / 1e6 for t in whole]
+            table.add(kernel, name, "full", "bandwidth", "GB/s", x, rates)
+            if table.copy_rate is not None:
+                table.add(kernel, name, "full", "of_copy", "ratio", x, [rate / table.copy_rate for rate in rates])
         if flops:
             table.add(kernel, name, "full", "rate", "TFLOP/s", x, [flops / t / 1e9 for t in whole])
     return medians
@@ -190,13 +195,13 @@ def _clear(variant: Variant) -> None:
         leaf.grad = None
 
 
-def copy_bandwidth(table: Table, num_bytes: int) -> float:
-    """GB/s of a device-to-device copy of that many bytes, read plus written."""
+def copy_bandwidth(table: Table, num_bytes: int) -> None:
+    """The table's copy_rate, from a device-to-device copy of that many bytes."""
     source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=table.device)
     target = torch.empty_like(source)
     variants = {"copy": lambda: Variant(lambda: target.copy_(source))}
     milliseconds = compare(table, "copy", f"bytes={num_bytes}", variants, bytes_moved=2.0 * num_bytes)
-    return 2.0 * num_bytes / milliseconds["copy"] / 1e6
+    table.copy_rate = 2.0 * num_bytes / milliseconds["copy"] / 1e6
 
 
 def _commit() -> str:

@@ -25,6 +25,8 @@ def test_gpu_command_smoke(tmp_path):
     assert {"linear_policy_loss", "policy_loss", "logprobs", "linear_logprobs", "group_advantages"} <= ours
     assert "segment_attention" in ours
     assert "attention of a CPU           ok" in result.stdout
+    ratios = {(row["kernel"], row["metric"]) for row in rows if row["unit"] == "ratio"}
+    assert {("policy_loss", "of_copy"), ("logprobs", "of_copy"), ("linear_policy_loss", "over_gemms")} <= ratios
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
     assert {row["commit"] for row in rows} == {"unknown"}
     assert {row["gpu"] for row in rows} == {"none (CPU smoke test)"}  # nobody mistakes this for a measurement
