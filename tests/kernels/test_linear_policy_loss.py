@@ -50,6 +50,15 @@ def test_dtypes_in_chunks(name, backend, dtype):
     assert_within(case, objective, errors)
 
 
+@pytest.mark.parametrize("vocab_size", [1, 127, 50257, 152064])
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float32), ("triton", torch.bfloat16)])
+def test_vocabularies(vocab_size, backend, dtype):
+    objective = cases.OBJECTIVES["clip higher"]
+    case = case_for(objective, dtype, vocab_size=vocab_size, num_tokens=16, mask="none", hidden_size=64)
+    errors = oracle.check_linear_policy_loss(case, objective, backend=backend, chunk_size=8)
+    assert_within(case, objective, errors)
+
+
 @pytest.mark.parametrize("name", ["clip higher", "clip, sequence (GSPO)"])
 def test_a_narrow_tile_costs_what_the_docs_say(name):
     """docs/kernels.md: a logit of up to 28, rounded to bfloat16, puts a logprob off by up to 4e-2."""

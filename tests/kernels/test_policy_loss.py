@@ -1,5 +1,7 @@
 """policy_loss: every objective on both backends against the float64 oracle, and the bad inputs of the field."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,12 +55,13 @@ def test_aggregations_and_masks_in_float64(name, aggregation, mask):
 
 
 @pytest.mark.parametrize("vocab_size", [1, 127, 50257, 151936, 152064])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_vocabularies(vocab_size, backend):
+def test_vocabularies(vocab_size, dtype, backend):
     objective = cases.OBJECTIVES["clip higher"]
-    case = small_case(objective, torch.float32, vocab_size=vocab_size, num_tokens=4, mask="none", hidden_size=8)
+    case = small_case(objective, dtype, vocab_size=vocab_size, num_tokens=4, mask="none", hidden_size=8)
     errors = oracle.check_policy_loss(case, objective, backend=backend)
-    assert_within(errors, torch.float32, cases.max_logit(case) / objective.temperature)
+    assert_within(errors, dtype, cases.max_logit(case) / objective.temperature)
 
 
 def rows_of_logits(logits, **fields):
@@ -165,6 +168,21 @@ def test_properties_of_the_gradient(backend):
     z = logits[:, order].clone().requires_grad_()
     moved = torch.autograd.grad(policy_loss(z, permuted, Objective(), backend=backend).loss, z)[0]
     torch.testing.assert_close(moved, grad[:, order], rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_in_another_order_are_the_same_tokens(backend):
+    objective = cases.OBJECTIVES["clip higher"]
+    case = small_case(objective, torch.float32)
+    logits = cases.logits_of(case)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(5))
+    moved = logits.detach()[order].requires_grad_()
+    batch = replace(case.batch.tokens_at(order), cu_seqlens=None)
+    want, got = (policy_loss(z, b, objective, backend=backend) for z, b in ((logits, case.batch), (moved, batch)))
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got.logprobs, want.logprobs[order], rtol=0, atol=5e-6)
+    (want_grad,), (got_grad,) = torch.autograd.grad(want.loss, logits), torch.autograd.grad(got.loss, moved)
+    torch.testing.assert_close(got_grad, want_grad[order], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

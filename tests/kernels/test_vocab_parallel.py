@@ -13,7 +13,7 @@ from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.logprobs import TorchLogprobRows, TritonLogprobRows
 from fastgrpo.kernels.vocab_parallel import VocabShard
-from fastgrpo.verify import cases
+from fastgrpo.verify import cases, oracle
 
 VOCAB_SIZE, PADDED = 613, 640  # the last of four shards is mostly padding
 
@@ -71,6 +71,7 @@ def _case(objective, dtype):
         (4, torch.float64, "torch", ["dual clip", "sapo, sequence"]),
         (2, torch.float32, "triton", ["clip higher", "clip, sequence (GSPO)"]),
         (4, torch.float32, "triton", ["dual clip"]),
+        (2, torch.float16, "triton", ["clip higher", "clip, sequence (GSPO)"]),
     ],
 )
 def test_shards_equal_the_whole(world, dtype, backend, names):
@@ -82,7 +83,11 @@ def test_shards_equal_the_whole(world, dtype, backend, names):
     for name in names:
         objective = cases.OBJECTIVES[name]
         case, weight = _case(objective, dtype)
-        want = [x.detach() for x in _both_ops(case, weight.requires_grad_(), objective, backend=backend)]
+        if dtype == torch.float16:  # against a shard's rounding, another's is no measure
+            exact, weight = oracle.oracle_inputs(case), weight.double()
+            want = [x.detach() for x in _both_ops(exact, weight.requires_grad_(), objective)]
+        else:
+            want = [x.detach() for x in _both_ops(case, weight.requires_grad_(), objective, backend=backend)]
         whole = [rank[name][0] for rank in answers]
         for position, value in enumerate(want):
             if value.shape == weight.shape:
@@ -91,7 +96,10 @@ def test_shards_equal_the_whole(world, dtype, backend, names):
                 got = whole[0][position]
                 for rank in whole[1:]:
                     assert torch.equal(rank[position], got)  # every rank computes the same bits
-            torch.testing.assert_close(got, value, **tolerance)
+            if got.dtype == torch.float16:  # a gradient
+                assert oracle.relative(got, value) <= 5e-3
+            else:
+                torch.testing.assert_close(got, value.to(got.dtype), **tolerance)
         # one all-gather a unit of the policy loss (chunks of 7, or sequences), one for all of linear_logprobs
         assert all(rank[name][1] <= 4 for rank in answers)
 
