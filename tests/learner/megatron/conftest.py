@@ -39,10 +39,11 @@ def results_of(tmp_path_factory):
 
 
 def _results(num_processes: int, directory: Path) -> dict[str, Any] | AssertionError:
-    models, failure = directory / "models-are-there", directory / f"failure-{num_processes}.txt"
-    if not models.exists():
-        scenario.save_models(directory, {case.model for case in scenario.CASES} | {scenario.RESHARDED_MODEL})
-        models.touch()
+    saved, failure = directory / "models-are-there", directory / f"failure-{num_processes}.txt"
+    if not saved.exists():
+        models = {case.model for case in scenario.CASES} | {*scenario.DENSE, *scenario.EXPERTS}
+        scenario.save_models(directory, models)
+        saved.touch()
     if failure.exists():
         return AssertionError(failure.read_text())
     try:

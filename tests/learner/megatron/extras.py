@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import adapters
+import every_model
 import torch
 from collectives import Collectives
 from observe import by_token, empty_directory, gradients, save, share_of
@@ -245,7 +246,12 @@ def head_collectives(_: Path) -> dict[str, Any]:
 
 
 EXTRAS = {
-    2: {"head_collectives": head_collectives, "sequence_ratios": sequence_ratios, "pending_save": pending_save},
+    2: {
+        "every_model": every_model.run_all,
+        "head_collectives": head_collectives,
+        "sequence_ratios": sequence_ratios,
+        "pending_save": pending_save,
+    },
     1: {
         "adapters": adapters.run_alone,
         "bfloat16": bfloat16,
@@ -254,6 +260,7 @@ EXTRAS = {
     },
     4: {
         "adapters": adapters.run_all,
+        "every_model": every_model.run_all,
         "reshard": partial(reshard, RESHARDED),
         "reshard_experts": partial(reshard, RESHARDED_EXPERTS),
     },

@@ -16,7 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from extras import EXTRAS
-from observe import addresses, by_token, empty_directory, gradients, save, share_of, slices_cover_once, slices_differ
+from observe import (
+    addresses,
+    by_token,
+    empty_directory,
+    gradients,
+    gradients_of_packing,
+    save,
+    share_of,
+    slices_cover_once,
+    slices_differ,
+)
 from scenario import (
     CASES,
     NUM_STEPS,
@@ -58,6 +68,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["gradients"] = gradients(learner, mine)
     if learner.parallel.dp_size > 1:
         result["gradients_of_rank_0_alone"] = gradients(learner, share_of(batches, learner, all_on_rank_0=True))
+    result["gradients_of_the_other_packing"] = gradients_of_packing(learner, not case.share_prompts, case.replays)
     result["step_without_batches"] = vars(learner.update([], OBJECTIVE))
     result["steps"] = [vars(learner.update(mine, OBJECTIVE))]
     learner.move_reference(0.5)

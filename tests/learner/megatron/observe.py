@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from scenario import OBJECTIVE
+from scenario import OBJECTIVE, batches_of, with_logprobs
 
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.megatron import convert
@@ -75,6 +75,12 @@ def gradients(learner: MegatronLearner, batches, objective: Objective = OBJECTIV
     adapters = learner.policy[0].architecture.adapters is not None
     whole = convert.to_hf(learner.policy, learner.parallel, lambda param: param.main_grad, adapters=adapters)
     return {name: gradient.clone() for name, gradient in whole}
+
+
+def gradients_of_packing(learner: MegatronLearner, share_prompts: bool, experts: bool) -> dict[str, torch.Tensor]:
+    """Those of the scenario's update with each group's prompt shared, or a copy for every completion."""
+    batches = with_logprobs(batches_of(share_prompts, experts=experts), learner)
+    return gradients(learner, share_of(batches, learner))
 
 
 def by_token(batches, values: list[torch.Tensor]) -> torch.Tensor:

@@ -100,6 +100,20 @@ CASES = (
     Case(processes=4, layout=Layout(pp=2, ep=2), model="qwen3_moe-told", activation_checkpoint="selective"),
     Case(processes=4, layout=Layout(tp=2, pp=2, sp=True), model="qwen3_moe-tied"),
 )
+DENSE = tuple(kind + head for kind in ("qwen2", "qwen3", "llama") for head in ("", "-tied"))
+EXPERTS = ("qwen3_moe", "qwen3_moe-tied")
+# The layouts in which every model is looked at, by processes; a mixture of experts wants sp with tp.
+EVERY_MODEL = {
+    2: {
+        **dict.fromkeys((Layout(tp=2), Layout(pp=2, vpp=2)), DENSE),
+        **dict.fromkeys((Layout(tp=2, sp=True), Layout(pp=2), Layout()), DENSE + EXPERTS),
+        Layout(ep=2): EXPERTS,
+    },
+    4: {
+        **dict.fromkeys((Layout(tp=2, pp=2), Layout(tp=2)), DENSE),
+        Layout(tp=2, sp=True, ep=2): EXPERTS,
+    },
+}
 # Each loads what the one before has saved; the last is the first again.
 RESHARDED_MODEL = "qwen2-tied"
 RESHARDED = (
@@ -202,7 +216,7 @@ def batches_of(share_prompts: bool, *, experts: bool = False) -> list[PackedBatc
                     routed_experts=routed(length - 1),
                 )
             )
-    return pack(sequences, max_tokens=30, share_prompts=share_prompts)
+    return pack(sequences, max_tokens=28, share_prompts=share_prompts)
 
 
 def with_logprobs(batches: list[PackedBatch], learner) -> list[PackedBatch]:

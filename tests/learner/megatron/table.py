@@ -10,7 +10,7 @@ from typing import Any
 
 from launch import run_job
 from oracle import error, largest_error, torch_result
-from scenario import CASES, Case, save_models
+from scenario import CASES, DENSE, EXPERTS, Case, save_models
 
 COLUMNS = ("processes", "model", "layout", "logprobs", "gradients", "loss", "gradient norm", "weights after 3 steps")
 
@@ -35,7 +35,7 @@ def main() -> None:
     print("|" + "---|" * len(COLUMNS))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        save_models(directory, {case.model for case in CASES})
+        save_models(directory, {case.model for case in CASES} | {*DENSE, *EXPERTS})
         for processes in sorted({case.processes for case in CASES}):
             results = run_job(processes, directory)
             for case in CASES:

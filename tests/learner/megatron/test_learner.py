@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from oracle import error, in_checkpoint, largest_error
-from scenario import CASES, NUM_STEPS, model_of
+from scenario import CASES, NUM_STEPS, batches_of, model_of
 
 TOLERANCE = 2e-5
 
@@ -14,6 +14,14 @@ def each(cases):
 
 
 each_case = each(CASES)
+
+
+def is_a_step(got, wanted):
+    assert got["policy_version"] == wanted["policy_version"]
+    assert not got["skipped"]
+    assert got["loss"] == pytest.approx(wanted["loss"], rel=TOLERANCE)
+    assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=TOLERANCE)
+    assert got["metrics"] == pytest.approx(wanted["metrics"], rel=1e-4, abs=1e-6)
 
 
 @each_case
@@ -39,6 +47,13 @@ def test_the_gradient_of_every_parameter_is_the_global_batchs_whatever_the_layou
     assert worst <= TOLERANCE, name
 
 
+@each_case
+def test_sharing_prompts_or_not_has_the_same_gradient(case, jobs, oracle):
+    """In other micro-batches, which hold 12 prompts where the others hold 5."""
+    worst, name = largest_error(jobs(case)["gradients_of_the_other_packing"], oracle(case.model)["gradients"])
+    assert worst <= TOLERANCE, name
+
+
 @each([case for case in CASES if case.data_parallel > 1])
 def test_data_parallel_ranks_need_not_have_equally_many_batches_or_any(case, jobs, oracle):
     worst, name = largest_error(jobs(case)["gradients_of_rank_0_alone"], oracle(case.model)["gradients"])
@@ -56,11 +71,8 @@ def test_three_steps(case, jobs, oracle):
     actual, expected = jobs(case), oracle(case.model)
     for step in range(NUM_STEPS):
         got, wanted = actual["steps"][step], expected["steps"][step]
-        assert got["policy_version"] == wanted["policy_version"] == step + 1
-        assert not got["skipped"]
-        assert got["loss"] == pytest.approx(wanted["loss"], rel=TOLERANCE)
-        assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=TOLERANCE)
-        assert got["metrics"] == pytest.approx(wanted["metrics"], rel=1e-4, abs=1e-6)
+        assert got["policy_version"] == step + 1
+        is_a_step(got, wanted)
     worst, name = largest_error(actual["weights"], expected["weights"])
     assert worst <= TOLERANCE, name
     start = in_checkpoint(model_of(case.model).state_dict())
@@ -101,6 +113,9 @@ def test_ratios_of_whole_sequences_are_the_same_where_rows_are_cut(results_of):
 
 
 def test_the_scenario_exercises_what_it_claims(oracle):
+    batches = batches_of(True)
+    assert len(batches) == 5, "unequally many for two ranks"
+    assert sum((batch.segments[:, 3] == batch.segments[:, 2]).sum() for batch in batches) == 5, "a group of 4 is split"
     for model in {case.model for case in CASES}:
         expected = oracle(model)
         metrics = expected["steps"][0]["metrics"]
