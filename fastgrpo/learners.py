@@ -13,6 +13,7 @@ from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models import hf, lora
 from fastgrpo.models.hf import CausalLM
 from fastgrpo.models.lora import Adapters
+from fastgrpo.models.shape import Shape
 from fastgrpo.policy import device_of, load_model, model_directory
 from fastgrpo.ranks import Ranks, started_by_torchrun
 
@@ -24,11 +25,18 @@ def check_layout(config: Config, model_config: Any, num_ranks: int) -> None:
         from fastgrpo.learner.megatron.layout import data_parallel_size
 
         data_parallel_size(_layout(config), Architecture.of(model_config), num_ranks)
-    if model_config.num_attention_heads % config.sampler.tp:
+    possible = [tp for tp in range(1, num_ranks + 1) if num_ranks % tp == 0 and _can_sample(Shape.of(model_config), tp)]
+    if config.sampler.tp not in possible:
         raise UserError(
-            f"sampler.tp={config.sampler.tp}: the model's {model_config.num_attention_heads} attention heads cannot be "
-            "cut by it; use a divisor"
+            f"sampler.tp={config.sampler.tp}: cannot cut the model's {model_config.num_attention_heads} attention and "
+            f"{model_config.num_key_value_heads} key/value heads; possible with {num_ranks} "
+            f"process{'es' if num_ranks > 1 else ''}: {', '.join(map(str, possible))}"
         )
+
+
+def _can_sample(shape: Shape, tp: int) -> bool:
+    """Whether vLLM can cut the model's heads: those of keys and values it cuts or replicates, as Megatron does."""
+    return shape.num_heads % tp == 0 and (shape.num_kv_heads % tp == 0 or tp % shape.num_kv_heads == 0)
 
 
 def _layout(config: Config) -> Any:

@@ -553,7 +553,8 @@ def test_plan_of_a_cluster_refuses_the_cuts_that_a_run_would(call, refusal, tiny
     line = refusal("plan", *small_run(tiny_qwen2, *cut, "learner.pp=3", "cluster.num_ranks=12"))
     assert line.startswith("learner.pp=3: more stages than the model's 2 layers; possible with 12 processes: ")
     line = refusal("plan", *small_run(tiny_qwen2, *cut, "sampler.tp=8", "cluster.num_ranks=8"))
-    assert line == "sampler.tp=8: the model's 4 attention heads cannot be cut by it; use a divisor"
+    heads = "cannot cut the model's 4 attention and 2 key/value heads"
+    assert line == f"sampler.tp=8: {heads}; possible with 8 processes: 1, 2, 4"
 
 
 def test_report_writes_the_page_again(call, tiny_qwen2):

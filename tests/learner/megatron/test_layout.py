@@ -4,10 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders import small_run
 
+from fastgrpo.assemble import assemble
 from fastgrpo.config import UserError
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.layout import Layout, data_parallel_size
+from fastgrpo.main import compose, with_shorthands
+from fastgrpo.ranks import Ranks
 
 QWEN3_06B = Architecture(
     model_type="qwen3",
@@ -187,6 +191,19 @@ def test_key_value_heads_that_can_be_neither_cut_nor_replicated():
     assert data_parallel_size(Layout(tp=12), six, 12) == 1
     with pytest.raises(UserError, match="tp=4: the model's 6 key/value heads can be neither cut nor replicated 4 ways"):
         data_parallel_size(Layout(tp=4), six, 4)
+
+
+def test_a_run_refuses_a_layout_before_any_model_is_loaded(workplace, tiny_qwen2, monkeypatch):
+    monkeypatch.setattr("fastgrpo.assemble.make_learner", None)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    asked = small_run(tiny_qwen2, "learner=megatron", "learner.tp=4", "run.console=none")
+    config, _ = compose("train", with_shorthands(asked))
+    expected = (
+        r"^learner.tp=4 x learner.pp=1 = 4 ranks a model: does not divide the 6 processes of this run; possible with 6 "
+        r"processes: \[tp=2 pp=1\], \[tp=1 pp=2\], \[tp=1 pp=1\]$"
+    )
+    with pytest.raises(UserError, match=expected), assemble(config, Ranks(num_ranks=6)):
+        pass
 
 
 @pytest.mark.parametrize(
