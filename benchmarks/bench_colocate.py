@@ -1,6 +1,7 @@
 """Learner and vLLM in one process on one set of weights: what a step costs, what sharing costs, what is held.
 
     python benchmarks/bench_colocate.py [--model tiny|qwen3-0.6b|qwen3-1.7b] [--steps 20] [--out FILE.csv]
+                                        [--providers fastgrpo trl]
 
 Random weights and fixed prompts, so nothing is downloaded. Every step draws completions, learns from them and shares
 the weights, and these parts are timed apart:
@@ -10,11 +11,18 @@ the weights, and these parts are timed apart:
     sleep, wake             giving the KV cache's memory back and taking it (GPU)
 `copy` is measured in turn with them: all weights into a second set of the same size, on the same device. It is the
 least that an engine with weights of its own has to do at every step, without the names, the buckets and the transport.
+`peak_memory` is the most that a phase has begun or ended with, of everything on the device but that second set.
+
+TRL's GRPOTrainer with vLLM in its process is described in colocate_trl.py. Each provider has a process of its own. At
+equal memory in all, fastgrpo's KV cache could be larger by what TRL's peak is above its own. On a CPU TRL's first
+transfer of weights fails (docs/colocation.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +47,7 @@ from fastgrpo.types import PackedBatch, Prompt, RolloutGroup, SamplingParams
 from fastgrpo.weights import Exchange
 
 PARTS = ("generate", "update", "share", "prove", "sleep", "wake", "copy")
+PROVIDERS = ("fastgrpo", "trl")
 
 
 class Colocated:
@@ -71,6 +80,7 @@ class Colocated:
         )
         self.phases = Phases(self.learner, self.sampler, offload=False)
         self.second_set = [torch.empty_like(parameter) for parameter in model.parameters()]
+        self.peaks: list[float] = []
 
     def step(self, number: int) -> float:
         """One step; returns the largest difference between a sampled token's two logprobs."""
@@ -90,6 +100,7 @@ class Colocated:
         self._timed("share", self.exchange.move)
         self._timed("prove", self.exchange.prove)
         self._timed("copy", self._copy)
+        self.peaks.append(max(self.phases.row().values()) - sum(part.nbytes for part in self.second_set))
         return worst
 
     @torch.no_grad()
@@ -142,18 +153,15 @@ def pack_groups(groups: list[RolloutGroup], max_tokens: int) -> list[PackedBatch
     return pack(sequences, max_tokens=max_tokens, share_prompts=True)
 
 
-def measure(args: argparse.Namespace, table: Table) -> None:
+def measure(args: argparse.Namespace, config: transformers.PretrainedConfig, table: Table, x: str) -> None:
     dtype = torch.bfloat16 if table.device.type == "cuda" else torch.float32
-    config = transformers.Qwen3Config(**MODELS[args.model], max_position_embeddings=32768, tie_word_embeddings=True)
-    config.architectures = ["Qwen3ForCausalLM"]
     model = prepare(random_model(config, dtype).to(table.device))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     pair = Colocated(args, model)
-    x = f"{args.model} {args.prompts}x{args.group_size} prompt={args.prompt_tokens} new={args.new_tokens}"
     shared = sum(held.dtype.itemsize * torch.Size(held.shape).numel() for held in pair.exchange.plan.shared)
     pair.exchange.share()
     differences = [pair.step(-1)]  # warm-up
-    pair.times = {part: [] for part in PARTS}
+    pair.times, pair.peaks = {part: [] for part in PARTS}, []
     held = []
     for number in range(args.steps):
         differences.append(pair.step(number))
@@ -174,6 +182,7 @@ def measure(args: argparse.Namespace, table: Table) -> None:
     add("weights", "shared", "bytes", [shared])
     add("engine", "held", "bytes", [pair.engine_bytes])
     add("engine", "kv_cache", "bytes", [pair.kv_cache_bytes])
+    add("step", "peak_memory", "bytes", [max(pair.peaks)])
     add("step", "growth", "bytes", [held[-1] - held[0]])
     add("step", "difference", "nats", differences)
 
@@ -188,11 +197,27 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256 if on_gpu else 64)
     parser.add_argument("--tokens-per-microbatch", type=int, default=16384 if on_gpu else 4096)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=["fastgrpo"])
+    parser.add_argument("--trl-memory-share", type=float, default=0.3, help="of the GPU for TRL's vLLM; TRL's default")
     parser.add_argument("--out", type=Path, default=RESULTS / ("colocate.csv" if on_gpu else "colocate_cpu.csv"))
+    parser.add_argument("--append", action="store_true", help="to --out, where it exists")
     args = parser.parse_args()
+    if len(args.providers) > 1:  # the last of an option that is given twice counts
+        for number, name in enumerate(args.providers):
+            again = ["--providers", name, *(["--append"] if number else [])]
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], *again], check=True)
+        return
     table = Table(torch.device("cuda" if on_gpu else "cpu"))
-    measure(args, table)
-    table.write(args.out)
+    config = transformers.Qwen3Config(**MODELS[args.model], max_position_embeddings=32768, tie_word_embeddings=True)
+    config.architectures = ["Qwen3ForCausalLM"]
+    x = f"{args.model} {args.prompts}x{args.group_size} prompt={args.prompt_tokens} new={args.new_tokens}"
+    if args.providers == ["trl"]:
+        import colocate_trl  # the others run without TRL
+
+        colocate_trl.measure(args, config, table, x)
+    else:
+        measure(args, config, table, x)
+    table.write(args.out, append=args.append)
 
 
 if __name__ == "__main__":
