@@ -13,6 +13,7 @@ from fastgrpo import commands
 from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
 
+FAILS = str(Path(__file__).with_name("fails.py"))
 OF_THE_MACHINE = ("time/", "memory/", "tokens_per_second")
 CUTS = {
     "dp=2": (2, [], "2 = tp=1 x pp=1 x 2 data parallel; 8 sequences each"),
@@ -108,7 +109,7 @@ def test_it_exports_the_torch_learners_policy(name, cut, alone, model):
 def test_a_run_whose_rank_is_killed_ends_by_name_and_goes_on_bit_for_bit(cut, model, tmp_path):
     (undisturbed, _), (processes, layout, _) = cut("tp=2 pp=2"), CUTS["tp=2 pp=2"]
     options = settings(model, "learner=megatron", *layout)
-    job = torchrun(tmp_path, str(Path(__file__).with_name("killed.py")), "train", *options, processes=processes)
+    job = torchrun(tmp_path, FAILS, "killed", "train", *options, processes=processes)
     assert job.returncode != 0
     cause = job.stderr[job.stderr.index("Root Cause") :]
     assert f"rank      : {processes - 1} " in cause
@@ -120,6 +121,15 @@ def test_a_run_whose_rank_is_killed_ends_by_name_and_goes_on_bit_for_bit(cut, mo
     assert rows_of(tmp_path / "run") == rows_of(undisturbed)
     files = [run / "hf/model.safetensors" for run in (tmp_path / "run", undisturbed)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_rank_that_raises_is_heard_before_those_that_waited_for_it(model, tmp_path):
+    job = torchrun(tmp_path, FAILS, "raises", "train", *settings(model, "learner=megatron", "learner.tp=2"))
+    assert job.returncode != 0
+    own = job.stderr.index("RuntimeError: this rank has lost its way")
+    assert job.stderr.index("Traceback") < own
+    assert job.stderr[:own].count("Traceback") == 1
+    assert "rank      : 1 " in job.stderr[job.stderr.index("Root Cause") :]
 
 
 def test_vllm_cut_alike_computes_with_the_learners_memory_on_every_rank(tmp_path):
