@@ -1,6 +1,7 @@
 """Checkpoints of many ranks, each a thread here, with files that they write themselves."""
 
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -137,6 +138,35 @@ def test_the_next_save_publishes_the_one_before(tmp_path):
 
     on_ranks(two)
     assert names(tmp_path) == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_checkpoints_are_kept(keep, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    for step in range(8, 12):
+        checkpoints.save(step, partial(begin_save, rank=0), {})
+        checkpoints.publish()
+    assert names(tmp_path) == ["step-000010", "step-000011"][2 - keep :]
+
+
+DAMAGE = {
+    "a file cut short": (lambda path: os.truncate(path / "learner/0-0", 1000), "learner/0-0 is not what was written"),
+    "a file removed": (lambda path: (path / "run.json").unlink(), "no readable manifest or file: "),
+    "the manifest removed": (lambda path: (path / "manifest.json").unlink(), "no readable manifest or file: "),
+    "the manifest torn": (lambda path: os.truncate(path / "manifest.json", 20), "no readable manifest or file: "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_newest_whole_checkpoint_is_found(damage, tmp_path):
+    spoil, problem = DAMAGE[damage]
+    for step in (3, 4):
+        checkpoints = save(tmp_path, step, Ranks())
+    broken, said = tmp_path / "checkpoints/step-000004", []
+    spoil(broken)
+    assert checkpoints.newest(said.append).step == 3
+    (line,) = said
+    assert line.startswith(f"checkpoint {broken} is broken ({problem}")
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -269,27 +269,10 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGE = {
-    "a byte flipped": (
-        lambda path: flip_a_byte(path / "learner/learner.pt"),
-        "learner/learner.pt is not what was written",
-    ),
-    "a file cut short": (
-        lambda path: os.truncate(path / "learner/learner.pt", 1000),
-        "learner/learner.pt is not what was written",
-    ),
-    "a file removed": (lambda path: (path / "run.json").unlink(), "no readable manifest or file: "),
-    "the manifest removed": (lambda path: (path / "manifest.json").unlink(), "no readable manifest or file: "),
-    "the manifest torn": (lambda path: os.truncate(path / "manifest.json", 20), "no readable manifest or file: "),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_broken_checkpoint_is_named_and_skipped(damage, finished, tiny_qwen2, undisturbed):
-    spoil, problem = DAMAGE[damage]
-    spoil(finished / "checkpoints/step-000006")
+def test_a_broken_checkpoint_is_named_and_skipped(finished, tiny_qwen2, undisturbed):
+    flip_a_byte(finished / "checkpoints/step-000006/learner/learner.pt")
     out = resume(tiny_qwen2).out
-    assert f"checkpoint run/checkpoints/step-000006 is broken ({problem}" in out
+    assert "checkpoint run/checkpoints/step-000006 is broken (learner/learner.pt is not what was written)" in out
     assert "resuming after step 4 from run/checkpoints/step-000004\n" in out
     assert_same_run(finished, undisturbed)
 
@@ -360,13 +343,6 @@ def test_a_reference_that_was_not_saved_is_missed_on_resume(workplace, tiny_qwen
         "fastgrpo: resume=run/checkpoints/step-000001/learner: saved without a reference model; resume with "
         "algorithm.kl_coef=0\n"
     )
-
-
-@pytest.mark.parametrize("keep", [1, 2])
-def test_the_newest_checkpoints_are_kept(keep, workplace, tiny_qwen2):
-    ended = fastgrpo(*settings(tiny_qwen2, f"checkpoint.keep={keep}", "checkpoint.every=1"))
-    assert (ended.code, ended.err) == (0, "")
-    assert checkpoints(Path("run")) == ["step-000005", "step-000006"][2 - keep :]
 
 
 @pytest.mark.parametrize("background", ["false", "true"])
