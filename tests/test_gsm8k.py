@@ -67,7 +67,9 @@ def test_two_steps_on_parquet_with_the_test_set_held_out(workplace, model, monke
 
 
 def test_the_experiment_runs_as_the_readme_writes_it(workplace, model, monkeypatch):
-    rows = train(monkeypatch, "experiment=gsm8k", f"model.path={model}", f"data.path={GSM8K / 'train.jsonl'}")
+    lines = (GSM8K / "train.jsonl").read_text().splitlines(keepends=True)
+    Path("head.jsonl").write_text("".join(lines[:300]))  # 256 are held out
+    rows = train(monkeypatch, "experiment=gsm8k", f"model.path={model}", "data.path=head.jsonl")
     assert rows[-1]["policy_version"] == 2
     sample = read_jsonl("run/samples.jsonl")[0]
     assert sample["prompt"].endswith("\nThink step by step and put the final number after ####.")
