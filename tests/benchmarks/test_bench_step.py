@@ -36,16 +36,7 @@ def case(tmp_path):
 
 def run_smoke(tmp_path, *providers: str, prompt_lengths: tuple[str, ...] = ("5", "9")) -> list[dict[str, str]]:
     out = tmp_path / "step.csv"
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "bench_step.py"),
-        "--smoke",
-        "--prompt-lengths",
-        "5",
-        "9",
-        "--steps",
-        "2",
-    ]
+    command = [sys.executable, str(BENCHMARKS / "bench_step.py"), "--smoke", "--prompt-lengths", *prompt_lengths]
     command += ["--steps", "2", "--warmup", "1", "--threads", "1", "--out", str(out), "--providers", *providers]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
