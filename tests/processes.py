@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fastgrpo.assemble", "fastgrpo.report", "hydra"])
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["fastgrpo.assemble", "fastgrpo.report", "hydra"])
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ended:
 def fastgrpo(*arguments: str, install: Callable[[], None] | None = None, timeout: float = 120) -> Ended:
     """Run the command in the current directory, in a process group of its own."""
     out, err = Path("stdout"), Path("stderr")
-    process = _context.Process(target=_run, args=(arguments, os.getcwd(), install))
+    process = FORKSERVER.Process(target=_run, args=(arguments, os.getcwd(), install))
     process.start()
     process.join(timeout)
     if process.is_alive():

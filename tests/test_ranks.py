@@ -1,12 +1,12 @@
 """Processes of a job tell each other what they hold."""
 
-import multiprocessing
 import os
 import socket
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from processes import FORKSERVER
 
 from fastgrpo import ranks as module
 from fastgrpo.ranks import Ranks, join_job
@@ -37,12 +37,11 @@ def of_rank(rank: int, port: int, results) -> None:
 
 
 def test_what_ranks_tell_each_other():
-    context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results = context.Queue()
-    processes = [context.Process(target=of_rank, args=(rank, port, results)) for rank in range(4)]
+    results = FORKSERVER.Queue()
+    processes = [FORKSERVER.Process(target=of_rank, args=(rank, port, results)) for rank in range(4)]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import FORKSERVER
 
 from fastgrpo.kernels import reference, vocab_parallel
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
@@ -77,7 +78,8 @@ def _case(objective, dtype):
 def test_shards_equal_the_whole(world, dtype, backend, names):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_worker, (world, _free_port(), names, dtype, backend, results), nprocs=world)
+        arguments = (world, _free_port(), names, dtype, backend, results)
+        mp.start_processes(_worker, arguments, nprocs=world, start_method=FORKSERVER.get_start_method())
         answers = [results[rank] for rank in range(world)]
     tolerance = {"rtol": 1e-10, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 1e-6}
     for name in names:
