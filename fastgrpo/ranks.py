@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastgrpo import parcel
+from fastgrpo import network, parcel
 
 T = TypeVar("T")
 PIECE_BYTES = 256 << 20
@@ -118,7 +118,7 @@ def join_job() -> Ranks:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        network.join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Ranks(
         rank=dist.get_rank(),
         num_ranks=dist.get_world_size(),
