@@ -16,6 +16,7 @@ from fastgrpo.validate import validate
 
 if TYPE_CHECKING:
     from fastgrpo.plan import Plan
+    from fastgrpo.ranks import Ranks
 
 
 def train(
@@ -33,6 +34,7 @@ def train(
     from safetensors import SafetensorError
 
     from fastgrpo import trainer
+    from fastgrpo.agreement import check_settings
     from fastgrpo.assemble import assemble
     from fastgrpo.ranks import join_job
     from fastgrpo.report import write_report
@@ -42,8 +44,8 @@ def train(
     # The default holds the time, which is not the same on every rank.
     config = replace(config, run=replace(config.run, dir=ranks.from_main(config.run.dir)))
     run_dir = Path(config.run.dir).expanduser()
-    mine = _claimed(run_dir, config) if ranks.is_main else nullcontext()
-    with mine, assemble(config, ranks, reward, environment) as run:
+    check_settings(config, ranks)
+    with _claimed(run_dir, config, ranks), assemble(config, ranks, reward, environment) as run:
         for warning in warnings:
             run.console.message(f"warning: {warning}")
         try:
@@ -77,6 +79,7 @@ def evaluate(config: Config) -> dict[str, float]:
     """
     validate(config)
     from fastgrpo import evaluate as evaluation
+    from fastgrpo.agreement import check_settings
     from fastgrpo.assemble import assemble
     from fastgrpo.ranks import join_job
     from fastgrpo.trainer import share
@@ -91,6 +94,7 @@ def evaluate(config: Config) -> dict[str, float]:
         learner=replace(config.learner, offload=offload),
     )
     ranks = join_job()
+    check_settings(config, ranks)
     with assemble(config, ranks, only_evaluates=True) as run:
         share(run)
         metrics = evaluation.evaluate(run)
@@ -129,8 +133,17 @@ def plan(config: Config) -> tuple[Plan, str]:
 
 
 @contextmanager
-def _claimed(run_dir: Path, config: Config) -> Iterator[None]:
-    """Make the run's directory, if it can be written and is nobody else's, and keep it for the block."""
+def _claimed(run_dir: Path, config: Config, ranks: Ranks) -> Iterator[None]:
+    """Make the run's directory, if it can be written, is nobody else's and all nodes see it, and keep it meanwhile."""
+    from fastgrpo.agreement import check_run_dir
+
+    with _made(run_dir, config) if ranks.is_main else nullcontext():
+        check_run_dir(config, ranks)
+        yield
+
+
+@contextmanager
+def _made(run_dir: Path, config: Config) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from fastgrpo.agreement import check_model, check_prompts
 from fastgrpo.config import Config, UserError
 from fastgrpo.data import PromptSets
 from fastgrpo.learner.protocol import Learner
@@ -92,10 +93,13 @@ def _megatron_learner(
         from fastgrpo.learner.megatron.learner import MegatronLearner
     except ModuleNotFoundError as error:
         raise UserError(f"learner=megatron: {error.name} is not installed; pip install fastgrpo[megatron]") from None
-    if config.model.path is None and ranks.is_main:
-        load_model(config, tokenizer, prompts, notify)  # leaves the warm-started model in the cache, for all ranks
-    ranks.barrier()
     learner, path = config.learner, model_directory(config)
+    check_prompts(config, prompts, ranks)
+    if config.model.path is None:
+        if ranks.is_main:
+            load_model(config, tokenizer, prompts, notify)  # leaves the warm-started model in the cache
+        hand_out(Path(path), ranks)
+    check_model("model.path" if config.model.path else "model.cache_dir", path, ranks)
     device, dtype = device_of(config)
     adapters = None
     if config.model.lora.enabled:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from fastgrpo.data.packing import Sequence, pack
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models.hf import CausalLM, save_pretrained
+from fastgrpo.nodes import first_of_node
+from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.verifiable import exact_match
 from fastgrpo.sampler.torch_sampler import TorchSampler
 from fastgrpo.seeding import derive_seed
@@ -125,8 +128,33 @@ def reserve(path: Path) -> None:
 
 def store(model: CausalLM, tokenizer, path: Path) -> None:
     """Keep the model at `path`, whole or not at all."""
+    with _beside(path) as directory:
+        save_pretrained(model, tokenizer, directory)
+
+
+def hand_out(path: Path, ranks: Ranks) -> None:
+    """Copy what the main rank keeps at `path` to the nodes that have nothing there, because their cache is their own.
+
+    Every rank of the job calls it.
+    """
+    ranks.barrier()
+    if not any(ranks.everyone(not path.is_dir())):
+        return
+    files = ranks.from_main({file.name: file.read_bytes() for file in path.iterdir()} if ranks.is_main else {})
+    if first_of_node() and not path.is_dir():
+        reserve(path)
+        with _beside(path) as directory:
+            directory.mkdir()
+            for name, content in files.items():
+                (directory / name).write_bytes(content)
+    ranks.barrier()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A directory, still to be made, that becomes `path` when the block is done."""
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as beside:
-        save_pretrained(model, tokenizer, Path(beside, "hf"))
+        yield Path(beside, "hf")
         try:
             Path(beside, "hf").rename(path)
         except OSError:
