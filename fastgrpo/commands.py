@@ -6,12 +6,13 @@ import fcntl
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.nodes import num_nodes
 from fastgrpo.validate import validate
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ def train(
     text: the resolved configuration as YAML, kept as run.dir/config.yaml. reward, environment: functions in place of
     their paths. Raises UserError for what the user can mend.
     """
+    with _over_nodes():
+        return _train(config, text, reward)
+
+
+def _train(config: Config, text: str, reward: Callable[..., Any] | None) -> tuple[int | None, Path]:
     warnings = validate(config)
     from safetensors import SafetensorError
 
@@ -77,6 +83,11 @@ def evaluate(config: Config) -> dict[str, float]:
 
     Raises UserError for what the user can mend.
     """
+    with _over_nodes():
+        return _evaluate(config)
+
+
+def _evaluate(config: Config) -> dict[str, float]:
     validate(config)
     from fastgrpo import evaluate as evaluation
     from fastgrpo.agreement import check_settings
@@ -130,6 +141,15 @@ def plan(config: Config) -> tuple[Plan, str]:
     lines = batch_algebra(config, prompts, num_ranks, model, model_config)
     algebra = "\n".join(f"{label:<14}{value}" for label, value in lines)
     return plan, f"{algebra}\n\n{table(plan)}"
+
+
+def _over_nodes() -> AbstractContextManager[None]:
+    """Where a job has several nodes, the first process that fails in the block ends those of all."""
+    if num_nodes() == 1:
+        return nullcontext()
+    from fastgrpo.lookout import failing_together
+
+    return failing_together()
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.nodes import JobError, first_of_node, whoami
 from fastgrpo.signals import noting_ctrl_c
 
 RUNS = Path("runs")
-SPEAK_AFTER_MAIN_S = 5.0
+SPEAK_AFTER_FIRST_S = 5.0
 CONF = str(Path(__file__).resolve().parent / "conf")
 HYDRA_OPTIONS = (  # noqa: SIM905
     "--hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
@@ -54,17 +55,17 @@ def main() -> None:
                 print("stopped", file=sys.stderr)
                 sys.exit(130)
             if isinstance(error, UserError):
-                fail(str(error))
+                fail(str(error), of_job=isinstance(error, JobError))
             raise
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line and exit with 2."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        # Most mistakes are found on every rank. The main one speaks first, and torchrun then ends this process.
-        time.sleep(SPEAK_AFTER_MAIN_S)
-    print(f"fastgrpo: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
+def fail(message: str, *, of_job: bool = False) -> NoReturn:
+    """Print one line and exit with 2. of_job: the line itself says whose it is."""
+    if not first_of_node():
+        # Most mistakes are found on every rank. A node's first speaks first, and torchrun then ends this process.
+        time.sleep(SPEAK_AFTER_FIRST_S)
+    owner = "" if of_job or os.environ.get("RANK", "0") == "0" else f"{whoami()}: "
+    print(f"fastgrpo: {owner}{message}", file=sys.stderr)
     sys.exit(2)
 
 
