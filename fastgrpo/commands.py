@@ -32,10 +32,12 @@ def train(
     their paths. Raises UserError for what the user can mend.
     """
     with _over_nodes():
-        return _train(config, text, reward)
+        return _train(config, text, reward, environment)
 
 
-def _train(config: Config, text: str, reward: Callable[..., Any] | None) -> tuple[int | None, Path]:
+def _train(
+    config: Config, text: str, reward: Callable[..., Any] | None, environment: Callable[..., Any] | None
+) -> tuple[int | None, Path]:
     warnings = validate(config)
     from safetensors import SafetensorError
 

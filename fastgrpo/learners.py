@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastgrpo.agreement import check_model, check_prompts
@@ -17,6 +18,7 @@ from fastgrpo.models.lora import Adapters
 from fastgrpo.models.shape import Shape
 from fastgrpo.policy import device_of, load_model, model_directory
 from fastgrpo.ranks import Ranks, started_by_torchrun
+from fastgrpo.warm_start import hand_out
 
 
 def check_layout(config: Config, model_config: Any, num_ranks: int) -> None:
