@@ -154,11 +154,24 @@ def test_a_waiting_process_is_ended_with_the_line_of_the_one_that_failed(store, 
     assert (codes, capfd.readouterr().err) == ([2], "fastgrpo: rank 0 on worker-0: x=1\n")
 
 
+def test_torchrun_ends_the_others_of_a_node(store, monkeypatch):
+    codes: list[int] = []
+    monkeypatch.setattr(lookout, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    store.set(lookout.LINE, "rank 0 on worker-0: x=1")
+    with pytest.raises(JobError, match="rank 0 on worker-0: x=1"):
+        fail(RuntimeError(BROKEN), after=lambda: not lookouts())
+    assert codes == []
+
+
 def test_a_process_that_is_done_is_left_alone(store, monkeypatch):
-    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended"))
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     with failing_together():
         store.set(lookout.LINE, "rank 0 on worker-0: x=1")
     assert not lookouts()
+    assert codes == []
 
 
 # --- the network between the nodes ------------------------------------------------------------------------------------
