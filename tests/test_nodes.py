@@ -170,6 +170,7 @@ def test_a_process_that_is_done_is_left_alone(store, monkeypatch):
     monkeypatch.setattr(os, "_exit", codes.append)
     with failing_together():
         store.set(lookout.LINE, "rank 0 on worker-0: x=1")
+        time.sleep(0.2)  # in which it is seen
     assert not lookouts()
     assert codes == []
 
