@@ -104,7 +104,7 @@ def _explained(error: BaseException, lookout: Lookout) -> BaseException:
     line = lookout.wait_for_line(LINGER_S)
     if line is not None:
         return JobError(line)
-    said = re.sub(r"\[[^]]*/gloo/[^]]*\] *", "", str(broken).splitlines()[0]).partition(". ")[0]
+    said = re.sub(r"\[[^]]*/gloo/[^]]*\] *", "", _first_line(broken)).partition(". ")[0]
     return UserError(
         f"an exchange with another process broke off ({said}): it was killed, or its node is gone; look for what it "
         "says, then go on with resume=auto"
@@ -122,4 +122,8 @@ def _in_one_line(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}; its output says where"
+    return f"{type(error).__name__}: {_first_line(error)}; its output says where"
+
+
+def _first_line(error: BaseException | None) -> str:
+    return next(iter(str(error).splitlines()), "")
