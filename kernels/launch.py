@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 _VECTOR_BYTES = 16
 _WARP = 32
@@ -16,13 +16,18 @@ MAX_WARPS = 8
 """More put fewer rows in flight, so that more of a row's second read hits the L2 cache, and more registers at stake."""
 
 
-def row_shape(num_columns: int, dtype: torch.dtype) -> dict[str, Any]:
-    """BLOCK and num_warps for rows of that many columns, read in that dtype. It depends on V and dtype alone."""
-    per_warp = _WARP * _VECTOR_BYTES // dtype.itemsize
+def row_shape(rows: Tensor) -> dict[str, Any]:
+    """BLOCK, VECTOR and num_warps for the rows (n, V) of a tile, from V, dtype and alignment alone.
+
+    VECTOR: columns that a thread loads at once; 1 where Triton cannot tell that every row starts at 16 bytes.
+    """
+    vector = _VECTOR_BYTES // rows.dtype.itemsize
+    aligned = rows.stride(0) % 16 == 0 and rows.data_ptr() % 16 == 0
+    per_warp = _WARP * vector
     warps = 1
-    while warps < MAX_WARPS and 4 * per_warp * warps * 2 <= num_columns:
+    while warps < MAX_WARPS and 4 * per_warp * warps * 2 <= rows.shape[1]:
         warps *= 2
-    return {"BLOCK": per_warp * warps, "num_warps": warps}
+    return {"BLOCK": per_warp * warps, "VECTOR": vector if aligned else 1, "num_warps": warps}
 
 
 def unspecialized(*names: str) -> dict[str, Any]:

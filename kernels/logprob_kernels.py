@@ -32,6 +32,7 @@ def statistics_kernel(
     inverse_temperature,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """One row: (m, l, s, y) into STATS (n, 4), and without other shards its logprob and entropy.
 
@@ -53,7 +54,7 @@ def statistics_kernel(
         column = target - first_column
         owned = (column >= 0) & (column < num_valid)
         target_logit = tl.load(row + column, mask=owned, other=float("-inf")).to(tl.float32)
-        row_max, total, moment = row_statistics(row, num_valid, inverse_temperature * LOG2E, HAS_ENTROPY, BLOCK)
+        row_max, total, moment = row_statistics(row, num_valid, inverse_temperature * LOG2E, HAS_ENTROPY, BLOCK, VECTOR)
     out = STATS + row_index * 4
     tl.store(out, row_max)
     tl.store(out + 1, total)
@@ -90,6 +91,7 @@ def gradient_kernel(
     num_columns,
     inverse_temperature,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """One row's dL/dlogits from the statistics (R, T, 4) of all shards; GRAD may be LOGITS."""
     row_index = tl.program_id(0).to(tl.int64)
@@ -125,6 +127,7 @@ def gradient_kernel(
             inverse_temperature * LOG2E,
             GRAD_ENTROPY is not None,
             BLOCK,
+            VECTOR,
         )
 
 
@@ -153,7 +156,7 @@ def launch_statistics(
         shard.num_valid,
         inverse_temperature,
         HAS_ENTROPY=entropy,
-        **row_shape(tile.shape[1], tile.dtype),
+        **row_shape(tile),
     )
     return stats
 
@@ -184,6 +187,6 @@ def launch_gradient(
         shard.num_valid,
         tile.shape[1],
         inverse_temperature,
-        **row_shape(tile.shape[1], tile.dtype),
+        **row_shape(tile),
     )
     return out

@@ -45,7 +45,7 @@ class _LogprobsTriton(torch.autograd.Function):
             logits.shape[1],
             1.0 / temperature,
             HAS_ENTROPY=entropy,
-            **row_shape(logits.shape[1], logits.dtype),
+            **row_shape(logits),
         )
         ctx.save_for_backward(logits, targets, stats)
         ctx.temperature = temperature

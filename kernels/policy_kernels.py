@@ -60,6 +60,7 @@ def policy_kernel(
     KL_TIMES_RATIO: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """One row: its record, and where GRAD is given its gradient. STATS None: the row's statistics are taken here.
 
@@ -86,7 +87,7 @@ def policy_kernel(
         if STATS is None or GRAD is not None:
             own_logit = tl.load(row + column, mask=column >= 0, other=float("-inf")).to(tl.float32)
         if STATS is None:
-            row_max, total, moment = row_statistics(row, num_valid, scale, True, BLOCK)
+            row_max, total, moment = row_statistics(row, num_valid, scale, True, BLOCK, VECTOR)
             log_sum = tl.log(total)
             mean_shift = moment / total
             target_logit = own_logit
@@ -162,6 +163,7 @@ def policy_kernel(
                 scale,
                 HAS_ENTROPY,
                 BLOCK,
+                VECTOR,
             )
 
 

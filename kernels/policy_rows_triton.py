@@ -125,7 +125,7 @@ class TritonPolicyRows:
             KL=objective.kl_estimator if objective.kl_coef > 0 else "none",
             KL_TIMES_RATIO=objective.kl_times_ratio,
             HAS_ENTROPY=objective.entropy_coef != 0,
-            **row_shape(tile.shape[1], tile.dtype),
+            **row_shape(tile),
         )
         return tile if out is None else out
 

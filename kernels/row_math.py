@@ -35,44 +35,48 @@ def _below(x, row_max):
 
 
 @triton.jit
+def _own(x, VECTOR: tl.constexpr, THREADS: tl.constexpr):
+    """Columns by load, thread and place in the load (L, THREADS, VECTOR); so they were loaded, and nothing moves."""
+    return tl.reshape(x.to(tl.float32), (x.shape[0] // (THREADS * VECTOR), THREADS, VECTOR))
+
+
+@triton.jit
+def _sum_of_own(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
 def _take(own_max, total, moment, x, scale, MOMENT: tl.constexpr):
-    """Threads' statistics (P,) with more of their columns (P, C); the moment is of undivided logits."""
-    new_max = tl.maximum(tl.max(x, 1), own_max)
+    """Threads' statistics (THREADS,) with more of their columns; the moment is of undivided logits."""
+    new_max = tl.maximum(tl.max(tl.max(x, 2), 0), own_max)
     drop = _below(own_max, new_max)
     factor = tl.exp2(drop * scale)
     if MOMENT:
-        d = _below(x, new_max[:, None])
+        d = _below(x, new_max[None, :, None])
         e = tl.exp2(d * scale)
-        moment = factor * (moment + drop * total) + tl.sum(d * e, 1)
+        moment = factor * (moment + drop * total) + _sum_of_own(d * e)
     else:
-        e = tl.exp2((x - new_max[:, None]) * scale)  # of -inf it is 0 without the clamp
-    return new_max, total * factor + tl.sum(e, 1), moment
+        e = tl.exp2((x - new_max[None, :, None]) * scale)  # of -inf it is 0 without the clamp
+    return new_max, total * factor + _sum_of_own(e), moment
 
 
 @triton.jit
-def _by_thread(x, THREADS: tl.constexpr):
-    """Columns by the thread that loaded them (THREADS, C). Nothing moves: which columns are whose does not matter."""
-    return tl.reshape(x.to(tl.float32), (THREADS, x.shape[0] // THREADS), can_reorder=True)
-
-
-@triton.jit
-def row_statistics(row, num_columns, scale, MOMENT: tl.constexpr, BLOCK: tl.constexpr):
+def row_statistics(row, num_columns, scale, MOMENT: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     """(m, l, s) of one row; scale = log2(e) / temperature. m is of z itself, s in natural units, 0 without MOMENT."""
     STEP: tl.constexpr = 4 * BLOCK
-    VECTOR: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
-    THREADS: tl.constexpr = BLOCK // VECTOR
+    THREADS: tl.constexpr = BLOCK * row.dtype.element_ty.primitive_bitwidth // 128
     columns = tl.max_contiguous(tl.arange(0, STEP), VECTOR)
     own_max = tl.full((THREADS,), EMPTY_MAX, tl.float32)
     total = tl.zeros((THREADS,), tl.float32)
     moment = tl.zeros((THREADS,), tl.float32)
     whole = num_columns // STEP * STEP
     for start in range(0, whole, STEP):
-        x = _by_thread(tl.load(row + start + columns), THREADS)
+        x = _own(tl.load(row + start + columns), VECTOR, THREADS)
         own_max, total, moment = _take(own_max, total, moment, x, scale, MOMENT)
     tail = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     for start in range(whole, num_columns, BLOCK):
         x = tl.load(row + start + tail, mask=start + tail < num_columns, other=float("-inf"))
-        own_max, total, moment = _take(own_max, total, moment, _by_thread(x, THREADS), scale, MOMENT)
+        own_max, total, moment = _take(own_max, total, moment, _own(x, VECTOR, THREADS), scale, MOMENT)
     row_max = tl.max(own_max, 0)
     drop = _below(own_max, row_max)
     factor = tl.exp2(drop * scale)
@@ -134,6 +138,7 @@ def write_row_gradient(
     scale,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """out[j] = g (1[j = target] - p_j) - h p_j (log p_j + H) for j < num_valid, 0 up to num_columns.
 
@@ -144,7 +149,6 @@ def write_row_gradient(
     slope = -grad_entropy * (scale * LN2)
     log2_sum = log_sum * LOG2E
     STEP: tl.constexpr = 4 * BLOCK
-    VECTOR: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
     columns = tl.max_contiguous(tl.arange(0, STEP), VECTOR)
     element = out.dtype.element_ty
     write_zeros(out, num_valid, num_columns, BLOCK)

@@ -17,6 +17,7 @@ from fastgrpo.kernels import linear_policy_loss as linear_file
 from fastgrpo.kernels import logprob_kernels, logprobs, policy_rows_triton
 from fastgrpo.kernels import policy_loss as policy_file
 from fastgrpo.kernels.group_advantages import group_advantages
+from fastgrpo.kernels.launch import row_shape
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
 from fastgrpo.kernels.objective import LossInputs, Objective
@@ -116,6 +117,19 @@ def test_advantages_are_one_launch(launches):
     rewards = torch.empty(N, device="meta")
     group_advantages(rewards, torch.empty(N, dtype=torch.int64, device="meta"), backend="triton")
     assert launches == {"_group_kernel": 1}
+
+
+def test_the_shape_of_a_row_follows_its_length_dtype_and_alignment():
+    def shape(columns, dtype, stride):
+        row = row_shape(torch.zeros(2, stride, dtype=dtype)[:, :columns])
+        return row["BLOCK"], row["VECTOR"], row["num_warps"]
+
+    assert shape(151936, torch.bfloat16, 151936) == (2048, 8, 8)
+    assert shape(151936, torch.float32, 151936) == (1024, 4, 8)
+    assert shape(50257, torch.bfloat16, 50257) == (2048, 1, 8)  # the second row starts at no multiple of 16 bytes
+    assert shape(50257, torch.bfloat16, 50272) == (2048, 8, 8)
+    assert shape(1, torch.float16, 1) == (256, 1, 1)
+    assert row_shape(torch.zeros(2, 64)[:, 1:33])["VECTOR"] == 1
 
 
 def test_waiting_would_be_seen():
