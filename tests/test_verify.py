@@ -1,0 +1,53 @@
+"""`fastgrpo verify`: it looks at every combination, passes what is right and finds what is not."""
+
+from dataclasses import replace
+
+import pytest
+
+from fastgrpo import verify
+from fastgrpo.verify import AGGREGATIONS, MASKS, OBJECTIVES, Check, VerifyConfig
+
+SMALL = VerifyConfig(dtypes=("float32", "bfloat16"), num_tokens=16, hidden_size=8, vocab_size=31, chunk_size=5)
+
+
+def test_every_objective_aggregation_and_mask_passes(capsys):
+    checks = list(verify.run(SMALL))
+    policy = {(c.op, c.objective, c.aggregation, c.mask, c.dtype) for c in checks if "policy" in c.op}
+    ways = 2 * 2 * 2  # two ops, on- and off-policy, two dtypes
+    assert len(policy) == ways * len(OBJECTIVES) * len(AGGREGATIONS) * len(MASKS)
+    assert {c.op for c in checks} == {"linear_policy_loss", "policy_loss", "linear_logprobs", "logprobs"}
+    assert verify.report(checks) == 0
+    out = capsys.readouterr().out
+    assert f"{len(checks)} checks, 0 failed" in out
+    assert "clip, sequence (GSPO), on-policy" in out
+
+
+def test_another_objective_is_found(monkeypatch, capsys):
+    """A fused path that clips at 0.3 where 0.2 was asked for."""
+    fused = verify.linear_policy_loss
+
+    def wrong(hidden, weight, batch, objective, **options):
+        return fused(hidden, weight, batch, replace(objective, clip_ratio_low=0.3, clip_ratio_high=0.3), **options)
+
+    monkeypatch.setattr(verify, "linear_policy_loss", wrong)
+    checks = list(verify.run(replace(SMALL, dtypes=("float32",)), {"clip": OBJECTIVES["clip"]}))
+    assert {c.op for c in checks if not c.ok} == {"linear_policy_loss"}
+    assert verify.report(checks) == 1
+    out = capsys.readouterr().out
+    assert " !" in out
+    assert "FAILED Check(op='linear_policy_loss', objective='clip'" in out
+
+
+@pytest.mark.parametrize(("error", "ok"), [(1e-6, True), (1e-5, True), (2e-5, False), (float("nan"), False)])
+def test_an_error_is_held_to_its_tolerance(error, ok):
+    check = Check(
+        op="logprobs",
+        objective="-",
+        aggregation="constant",
+        mask="none",
+        dtype="float32",
+        quantity="logprobs",
+        error=error,
+        tolerance=1e-5,
+    )
+    assert check.ok is ok
