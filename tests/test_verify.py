@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from fastgrpo import verify
-from fastgrpo.verify import AGGREGATIONS, MASKS, OBJECTIVES, Check, VerifyConfig
+from fastgrpo.verify import VerifyConfig, oracle
+from fastgrpo.verify.cases import AGGREGATIONS, MASKS, OBJECTIVES
+from fastgrpo.verify.table import Check, report
 
 SMALL = VerifyConfig(dtypes=("float32", "bfloat16"), num_tokens=16, hidden_size=8, vocab_size=31, chunk_size=5)
 
@@ -16,7 +18,7 @@ def test_every_objective_aggregation_and_mask_passes(capsys):
     ways = 2 * 2 * 2  # two ops, on- and off-policy, two dtypes
     assert len(policy) == ways * len(OBJECTIVES) * len(AGGREGATIONS) * len(MASKS)
     assert {c.op for c in checks} == {"linear_policy_loss", "policy_loss", "linear_logprobs", "logprobs"}
-    assert verify.report(checks) == 0
+    assert report(checks) == 0
     out = capsys.readouterr().out
     assert f"{len(checks)} checks, 0 failed" in out
     assert "clip, sequence (GSPO), on-policy" in out
@@ -24,15 +26,15 @@ def test_every_objective_aggregation_and_mask_passes(capsys):
 
 def test_another_objective_is_found(monkeypatch, capsys):
     """A fused path that clips at 0.3 where 0.2 was asked for."""
-    fused = verify.linear_policy_loss
+    fused = oracle.linear_policy_loss
 
     def wrong(hidden, weight, batch, objective, **options):
         return fused(hidden, weight, batch, replace(objective, clip_ratio_low=0.3, clip_ratio_high=0.3), **options)
 
-    monkeypatch.setattr(verify, "linear_policy_loss", wrong)
+    monkeypatch.setattr(oracle, "linear_policy_loss", wrong)
     checks = list(verify.run(replace(SMALL, dtypes=("float32",)), {"clip": OBJECTIVES["clip"]}))
     assert {c.op for c in checks if not c.ok} == {"linear_policy_loss"}
-    assert verify.report(checks) == 1
+    assert report(checks) == 1
     out = capsys.readouterr().out
     assert " !" in out
     assert "FAILED Check(op='linear_policy_loss', objective='clip'" in out
