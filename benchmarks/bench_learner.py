@@ -4,19 +4,17 @@
     torchrun --nproc-per-node 4 benchmarks/bench_learner.py --tp 2 --pp 2 [--model qwen3-0.6b] [--out FILE.csv]
 
     for p in fastgrpo-megatron fastgrpo-torch trl hugging-face; do                                # a GPU, 32k tokens
-      python benchmarks/bench_learner.py --model qwen3-1.7b --peak-tflops 989 --providers $p --out $p.csv; done
+      python benchmarks/bench_learner.py --model qwen3-1.7b --providers $p --out $p.csv; done
 
 Weights are random and rollouts the same for every layout, made by every rank, so nothing is downloaded. On one process
 the providers take turns, once the norms of their first gradients have agreed; peak memory is given where one of them
 runs alone. TRL and the plain Hugging Face learner are described in learner_peers.py. On a CPU the numbers compare
 layouts and providers with each other, no more.
 
-Tokens are those of the sequences, each with its prompt. MFU is the work that the update needs over what the devices
-could do in its time (--peak-tflops a device, dense):
-    3 * (2 * P * T  +  2 * V * H * N  +  4 * L * A * D * pairs)
-with P weights in the layers' matrices, T packed tokens (prompts once a group), N scored ones, L layers, A heads of size
-D, and pairs the number of (query, key) pairs that attention may see. Backward counts twice forward; recomputation of
-activations, prompts computed again for every completion and padding count nothing.
+Tokens are those of the sequences, each with its prompt. MFU is the work that the update needs
+(fastgrpo.models.flops.update_flops has the formula) over what the devices could do in its time (its PEAKS, or
+--peak-tflops a device, dense). Recomputation of activations, prompts computed again for every completion and padding
+count nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +39,9 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.models.flops import peak_flops, update_flops
 from fastgrpo.models.hf import prepare
+from fastgrpo.models.shape import Shape
 from fastgrpo.types import PackedBatch
 
 PROVIDERS = ("fastgrpo-megatron", "fastgrpo-torch", "trl", "hugging-face")
@@ -68,21 +68,6 @@ def rollouts(args: argparse.Namespace, vocab_size: int) -> list[Sequence]:
             )
             sequences.append(sequence)
     return sequences
-
-
-def needed_flops(architecture: Architecture, batches: list[PackedBatch]) -> float:
-    """The formula above, for one update."""
-    a = architecture
-    attention = a.hidden_size * a.head_size * (2 * a.num_heads + 2 * a.num_kv_heads)
-    matrices = a.num_layers * (attention + 3 * a.hidden_size * a.ffn_size)
-    tokens, scored, pairs = 0, 0, 0
-    for batch in batches:
-        start, end, prefix_start, prefix_end = batch.segments.unbind(1)
-        length = end - start
-        pairs += int((length * (length + 1) // 2 + length * (prefix_end - prefix_start)).sum())
-        tokens, scored = tokens + batch.num_tokens, scored + batch.num_scored
-    head = 2 * a.vocab_size * a.hidden_size * scored
-    return 3.0 * (2 * matrices * tokens + head + 4 * a.num_layers * a.num_heads * a.head_size * pairs)
 
 
 def timed(update: Callable[[], object], device: torch.device) -> float:
@@ -118,7 +103,8 @@ def measure(args: argparse.Namespace, device: torch.device, table: Table) -> Non
             seconds[name].append(timed(update, device))
     peaks = peak_bytes(device) if len(updates) == 1 else []
     if dist.get_rank() == 0:
-        report(args, table, layout, needed_flops(Architecture.of(config), batches), sequences, seconds, peaks)
+        flops = sum(update_flops(Shape.of(config), batch) for batch in batches)
+        report(args, table, layout, flops, sequences, seconds, peaks)
 
 
 def make_update(
@@ -176,11 +162,12 @@ def report(
     tokens, world_size = sum(len(s.prompt_ids) + len(s.token_ids) for s in sequences), dist.get_world_size()
     x = f"{args.model} {layout} dp={world_size // layout.num_model_ranks} tokens={tokens}"
     x += f" checkpoint={args.activation_checkpoint}"
+    one_peak = args.peak_tflops * 1e12 if args.peak_tflops else peak_flops(str(table.device), torch.bfloat16)
     for name, values in seconds.items():
         table.add("learner", name, "update", "rate", "tok/s", x, [tokens / value for value in values])
         table.add("learner", name, "update", "time", "ms", x, [value * 1e3 for value in values])
-        if args.peak_tflops:
-            peak = args.peak_tflops * 1e12 * world_size
+        if one_peak is not None:
+            peak = one_peak * world_size
             table.add("learner", name, "update", "mfu", "%", x, [100 * flops / value / peak for value in values])
     for rank, peak in enumerate(peaks):
         table.add("learner", args.providers[0], "update", "peak_memory", "bytes", f"{x} rank={rank}", [peak])
@@ -202,7 +189,7 @@ def main() -> None:
     parser.add_argument("--completion-tokens", type=int, default=336 if torch.cuda.is_available() else 48)
     parser.add_argument("--tokens-per-microbatch", type=int, default=16384 if torch.cuda.is_available() else 512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peak-tflops", type=float, help="of one device, dense; 989 for an H100 or H200 in bfloat16")
+    parser.add_argument("--peak-tflops", type=float, help="of one device, dense, where it is not a known GPU")
     parser.add_argument("--out", type=Path, default=RESULTS / "learner.csv")
     parser.add_argument("--append", action="store_true", help="to --out, where it exists")
     args = parser.parse_args()

@@ -24,6 +24,8 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.learners import check_layout, make_learner
 from fastgrpo.metrics import Ledger
 from fastgrpo.models import hf, tiny
+from fastgrpo.models.flops import peak_flops, update_flops
+from fastgrpo.models.shape import Shape
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import Plan, device_memory, make_plan
 from fastgrpo.policy import QUICKSTART_CONTEXT, config_of_model, describe, device_of, export
@@ -195,6 +197,8 @@ def assemble(
             checkpoints=checkpoints,
             step=state["step"],
             num_nonfinite=state["num_nonfinite"],
+            flops=partial(update_flops, Shape.of(model.config), frozen=adapters is not None),
+            peak_flops=peak_flops(*device_of(config)),
             export=lambda path: export(path, learner, adapters or model, tokenizer),
         )
         yield run

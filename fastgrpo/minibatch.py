@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fastgrpo.algorithms.advantages import token_advantages
 from fastgrpo.algorithms.aggregation import token_weights
@@ -12,9 +12,19 @@ from fastgrpo.run import Run
 from fastgrpo.types import PackedBatch, ScoredGroup
 
 
-def make_minibatch(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch] | None:
-    """One mini-batch as this data rank's micro-batches: token weights from its global counts, then packed within the
-    token budget and dealt by size. None, on every rank alike, where no completion carries any loss."""
+@dataclass(frozen=True, kw_only=True)
+class Minibatch:
+    """What one optimizer update learns from. Example: Minibatch(batches=[batch_0, batch_1], flops=3e12)"""
+
+    batches: list[PackedBatch]
+    """This data rank's micro-batches."""
+    flops: float
+    """What an update needs for those of all data ranks together."""
+
+
+def make_minibatch(run: Run, groups: list[ScoredGroup]) -> Minibatch | None:
+    """Token weights from the mini-batch's global counts, then packed within the token budget and dealt by the time they
+    take. None, on every rank alike, where no completion carries any loss."""
     config, ranks = run.config, run.learner.ranks
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     cut = config.algorithm.mask_truncated
@@ -41,10 +51,10 @@ def make_minibatch(run: Run, groups: list[ScoredGroup]) -> list[PackedBatch] | N
     batches = packing.pack(sequences, max_tokens=budget, share_prompts=config.learner.share_prompts)
     if not batches:
         return None
-    shares = ranks.deal(batches, cost=lambda batch: batch.num_tokens)
+    shares = ranks.deal(batches, cost=run.flops)
     mine = shares[ranks.data_rank]
     missing = max(map(len, shares)) - len(mine) if ranks.in_step else 0
-    return mine + [PackedBatch.empty()] * missing
+    return Minibatch(batches=mine + [PackedBatch.empty()] * missing, flops=sum(map(run.flops, batches)))
 
 
 def add_logprobs(run: Run, batches: list[PackedBatch]) -> list[PackedBatch]:

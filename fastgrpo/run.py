@@ -20,7 +20,7 @@ from fastgrpo.phases import Phase, Phases
 from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.protocol import Sampler
-from fastgrpo.types import LogprobContract, Prompt, SamplingParams
+from fastgrpo.types import LogprobContract, PackedBatch, Prompt, SamplingParams
 from fastgrpo.unfinished import Unfinished
 from fastgrpo.weights import Exchange
 
@@ -57,6 +57,10 @@ class Run:
     console: Console
     ledger: Ledger
     checkpoints: Checkpoints
+    flops: Callable[[PackedBatch], float]
+    """What an update needs for a batch."""
+    peak_flops: float | None
+    """What the device can do in a second; None where that is not known."""
     export: Callable[[Path], None]
     """Writes the policy as a Hugging Face directory."""
     step: int = 0

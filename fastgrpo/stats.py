@@ -96,3 +96,18 @@ def of_updates(results: list[StepResult], *, comparable: bool) -> dict[str, floa
     if not comparable:
         means = {name: value for name, value in means.items() if not name.startswith("sampler_mismatch/")}
     return {**row, **means, "policy_version": results[-1].policy_version}
+
+
+def of_rates(row: Mapping[str, float], num_ranks: int, peak_flops: float | None) -> dict[str, float]:
+    """What a step that is done did in a second. row: its metrics, its times among them.
+
+    mfu: what its updates needed over what num_ranks devices of that peak could have done in their time.
+    """
+    rates = {}
+    if "tokens" in row:
+        rates["tokens_per_second"] = row["tokens"] / row["time/total_s"]
+    if row.get("tflop"):
+        rates["tflop_per_second"] = row["tflop"] / row["time/update_s"] / num_ranks
+        if peak_flops is not None:
+            rates["mfu"] = rates["tflop_per_second"] * 1e12 / peak_flops
+    return rates

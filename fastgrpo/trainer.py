@@ -70,15 +70,16 @@ def update_policy(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
     chunks = [groups[i : i + per_minibatch] for i in range(0, len(groups), per_minibatch)]
     run.enter("train")
     with run.ledger("logprobs"):
-        packed = [batches for chunk in chunks if (batches := make_minibatch(run, chunk)) is not None]
-        minibatches = [add_logprobs(run, batches) for batches in packed]
+        packed = [minibatch for chunk in chunks if (minibatch := make_minibatch(run, chunk)) is not None]
+        minibatches = [replace(m, batches=add_logprobs(run, m.batches)) for m in packed]
     results: list[StepResult] = []
     with run.ledger("update"):
         for _ in range(config.updates_per_rollout):
             for minibatch in minibatches:
-                results.append(run.learner.update(minibatch, run.objective))
-                refuse_divergence(run, results[-1], minibatch)
-    return stats.of_updates(results, comparable=not run.contract.renormalized)
+                results.append(run.learner.update(minibatch.batches, run.objective))
+                refuse_divergence(run, results[-1], minibatch.batches)
+    row = stats.of_updates(results, comparable=not run.contract.renormalized)
+    return row | {"tflop": config.updates_per_rollout * sum(m.flops for m in minibatches) / 1e12}
 
 
 def refuse_divergence(run: Run, result: StepResult, batches: Sequence[PackedBatch]) -> None:
@@ -118,8 +119,7 @@ def record(run: Run, row: dict[str, float], *, last: bool) -> None:
             # The last one has nothing to be written beside.
             run.checkpoints.save(run.step, run.learner.begin_save, state, background=config.background and not last)
     row = {"step": run.step, **row, **run.phases.row(), **run.ledger.step()}
-    if "tokens" in row:
-        row["tokens_per_second"] = row["tokens"] / row["time/total_s"]
+    row |= stats.of_rates(row, run.learner.ranks.num_ranks, run.peak_flops)
     if run.log is not None:
         run.log.write(row)
     run.learner.ranks.barrier()

@@ -13,7 +13,7 @@ from fastgrpo.run import Run
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import train
 
-OF_THE_MACHINE = ("time/", "memory/", "tokens_per_second")
+OF_THE_MACHINE = ("time/", "memory/", "tokens_per_second", "tflop_per_second", "mfu")
 
 
 @contextmanager

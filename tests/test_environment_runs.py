@@ -6,18 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from builders import small_run
+from runs import assembled, rows_of, without_clock
 
 import fastgrpo
-from fastgrpo.assemble import assemble
 from fastgrpo.config import UserError
 from fastgrpo.conversation import conversation
-from fastgrpo.main import compose, with_shorthands
+from fastgrpo.main import compose
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import make_minibatch
-from fastgrpo.ranks import join_job
 from fastgrpo.rollout import collect, draw_whole
-from fastgrpo.signals import StopRequest
-from fastgrpo.trainer import compute_advantages, train
+from fastgrpo.trainer import compute_advantages
 
 ENVIRONMENTS = Path(__file__).with_name("example_environments.py")
 # A random policy's bytes end a turn now and then.
@@ -28,17 +26,6 @@ def options_of(model, *more, environment="echoes"):
     path = f"environment.path={ENVIRONMENTS}:{environment}"
     settings = (path, "environment.num_workers=0", STOPS, "sampling.max_new_tokens=24", "run.console=none")
     return small_run(model, *settings, *more)
-
-
-def assembled(*options):
-    config, _ = compose("train", with_shorthands(list(options)))
-    return assemble(config, join_job())
-
-
-def trained(*options):
-    with assembled(*options) as run:
-        train(run, StopRequest(print))
-        return read_jsonl(run.run_dir / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("round_tokens", [256, 3])
@@ -84,7 +71,7 @@ def test_the_policys_tokens_alone_are_learned_from(workplace, tiny_qwen2):
         run.step = 1
         groups, _ = collect(run)
         groups = compute_advantages(run, groups)
-        batches = make_minibatch(run, groups)
+        batches = make_minibatch(run, groups).batches
         rollouts = [rollout for g in groups for rollout in g.group.rollouts]
         chosen = torch.cat([rollout.token_ids[rollout.loss_mask] for rollout in rollouts])
         assert torch.equal(torch.cat([b.targets for b in batches]).sort().values, chosen.sort().values)
@@ -121,16 +108,12 @@ def test_turns_and_the_limit_end_a_conversation(workplace, tiny_qwen2):
 
 
 def test_a_run_learns_and_evaluates_with_its_environment(workplace, tiny_qwen2):
-    rows = trained(*options_of(tiny_qwen2))
+    rows = rows_of(*options_of(tiny_qwen2))
     assert rows[1]["turns/mean"] > 1
     assert rows[1]["sampler_mismatch/max_abs"] < 2e-5
     assert rows[1]["response_length/mean"] + rows[1]["environment/length_mean"] <= 24
     samples = read_jsonl(Path("run/samples.jsonl"))
     assert any("[user]\n<" in sample["completion"] for sample in samples if sample["kind"] == "eval")
-
-
-def without_clock(rows):
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tokens_"))} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -144,15 +127,15 @@ def without_clock(rows):
 )
 def test_it_resumes_bit_by_bit(workplace, tiny_qwen2, more):
     options = options_of(tiny_qwen2, *more, "train.num_steps=4", "checkpoint.every=1", "checkpoint.keep=9")
-    whole = trained(*options)
+    whole = rows_of(*options)
     assert max(row["turns/max"] for row in whole[1:]) > 2
-    trained(*options, "run.dir=other")
-    again = trained(*options, "run.dir=other", "resume=other/checkpoints/step-000002")
+    rows_of(*options, "run.dir=other")
+    again = rows_of(*options, "run.dir=other", "resume=other/checkpoints/step-000002")
     assert without_clock(whole) == without_clock(again)
 
 
 def test_dynamic_sampling_and_process_rewards_take_conversations(workplace, tiny_qwen2):
-    rows = trained(
+    rows = rows_of(
         *options_of(tiny_qwen2, "algorithm.dynamic_sampling=true", "algorithm.max_resamples=2", "eval.every=0")
     )
     assert rows[-1]["turns/mean"] > 1
@@ -199,7 +182,7 @@ def test_a_broken_environment_is_found_before_the_model_loads(workplace, tiny_qw
         assembled(*options_of(tiny_qwen2, environment="raises")),
     ):
         pass
-    rows = trained(
+    rows = rows_of(
         *options_of(tiny_qwen2, "environment.on_error=tell", "environment.max_turns=2", environment="raises")
     )
     assert rows[1]["environment/error_count"] > 0

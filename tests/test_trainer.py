@@ -20,6 +20,7 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.main import compose
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import add_logprobs, make_minibatch
+from fastgrpo.ranks import Ranks
 from fastgrpo.samplers import make_sampler
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import compute_advantages, train
@@ -248,12 +249,27 @@ def test_truncated_completions_stay_in_the_baseline_but_carry_no_loss(workplace,
     for mask, kept in ((False, [0, 1, 2]), (True, [0, 1])):
         more = [f"algorithm.mask_truncated={mask}", "algorithm.advantage=mean", f"run.dir=run-{mask}"]
         with assembled(*small_run(tiny_qwen2, *more)) as run:
-            (batch,) = make_minibatch(run, compute_advantages(run, groups))
+            (batch,) = make_minibatch(run, compute_advantages(run, groups)).batches
         assert batch.sequence_ids.tolist() == kept
         first = batch.cu_scored[:-1]
         assert batch.advantages[first].tolist() == [1.0, 0.0, -1.0][: len(kept)]  # less the mean over all three
         # A masked sequence still counts: 1 / (3 sequences * its tokens).
         torch.testing.assert_close(batch.token_weights[first], 1 / (3 * batch.cu_scored.diff().float()))
+
+
+def test_microbatches_are_dealt_by_their_work(workplace, tiny_qwen2):
+    """Equally many tokens each, but a long completion's attention is more work than that of four short ones."""
+    long, short = rewarded([41], [1.0]), rewarded([11] * 4, [1.0, 0.0, 1.0, 0.0])
+    size = len(long.group.prompt.token_ids) + 40
+    with assembled(*small_run(tiny_qwen2, f"learner.max_tokens_per_microbatch={size}")) as run:
+        groups = compute_advantages(run, [long, short, long, short])
+        shares = []
+        for data_rank in range(2):
+            run.learner.ranks = Ranks(data_rank=data_rank, num_data_ranks=2)
+            shares.append(make_minibatch(run, groups))
+    assert [[batch.num_tokens for batch in share.batches] for share in shares] == [[size] * 2] * 2
+    assert [sorted(len(batch.sequence_ids) for batch in share.batches) for share in shares] == [[1, 4]] * 2
+    assert shares[0].flops == shares[1].flops == sum(run.flops(batch) for share in shares for batch in share.batches)
 
 
 def test_a_step_of_nothing_but_masked_completions_updates_nothing(workplace, tiny_qwen2):
@@ -300,7 +316,7 @@ IMPORTANCE = {  # old - sampler is 0.25 at every token; two and five tokens; cap
 def test_importance_weights_are_of_a_token_or_of_its_sequence(level, workplace, tiny_qwen2):
     more = [f"algorithm.importance_level={level}", "algorithm.importance_cap=3"]
     with assembled(*small_run(tiny_qwen2, *more)) as run:
-        (batch,) = make_minibatch(run, compute_advantages(run, [rewarded([2, 5], [1.0, 0.0])]))
+        (batch,) = make_minibatch(run, compute_advantages(run, [rewarded([2, 5], [1.0, 0.0])])).batches
         policy = run.learner.logprobs(batch, temperature=1.0)
         (batch,) = add_logprobs(run, [replace(batch, sampler_logprobs=policy - 0.25)])
     assert torch.equal(batch.old_logprobs, policy)
@@ -475,6 +491,8 @@ FIXED_KEYS = {
     "reward/timeout_count",
     "tokens",
     "tokens_per_second",
+    "tflop",
+    "tflop_per_second",
     "time/total_s",
     *(f"time/{part}_s" for part in PARTS),
 }
@@ -487,6 +505,8 @@ def test_every_row_has_the_documented_keys_and_times_that_add_up(workplace, tiny
     for row in rows[1:]:
         assert set(row) >= FIXED_KEYS
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["time/total_s"])
+        assert row["tflop_per_second"] == pytest.approx(row["tflop"] / row["time/update_s"])
+        assert "mfu" not in row  # nobody knows what this CPU could do
     for row in rows:
         assert sum(row[f"time/{part}_s"] for part in PARTS) == pytest.approx(row["time/total_s"], rel=1e-9)
         assert ("eval/accuracy" in row) == (row["step"] in (0, 2, 3))

@@ -6,12 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import small_run
+from runs import assembled, without_clock
 
-from fastgrpo.assemble import assemble
 from fastgrpo.config import UserError
-from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
-from fastgrpo.ranks import join_job
 from fastgrpo.rollout import collect, draw
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import train
@@ -206,15 +204,13 @@ def options_of(tiny_qwen2, *more):
 
 
 def trained(options):
-    config, _ = compose("train", with_shorthands([*options, "run.console=none"]))
-    with assemble(config, join_job()) as run:
+    with assembled(*options) as run:
         train(run, StopRequest(print))
         return run, read_jsonl(run.run_dir / "metrics.jsonl")
 
 
 def test_every_group_that_is_begun_is_learned_from_once(workplace, tiny_qwen2):
-    config, _ = compose("train", with_shorthands([*options_of(tiny_qwen2), "run.console=none"]))
-    with assemble(config, join_job()) as run:
+    with assembled(*options_of(tiny_qwen2)) as run:
         learned, begun_in = [], {}
         for step in range(1, 7):
             run.step = step
@@ -239,8 +235,7 @@ def test_every_group_that_is_begun_is_learned_from_once(workplace, tiny_qwen2):
 
 def test_a_continuation_is_drawn_from_the_same_distribution(workplace, tiny_qwen2):
     """Where each round's tokens are the policy's own, the learner finds the sampler's logprobs in the joined whole."""
-    config, _ = compose("train", with_shorthands([*options_of(tiny_qwen2), "run.console=none"]))
-    with assemble(config, join_job()) as run:
+    with assembled(*options_of(tiny_qwen2)) as run:
         run.step = 1
         groups, _ = collect(run)
         for g in groups:
@@ -258,10 +253,6 @@ def test_a_run_that_oversamples_resumes_bit_by_bit(workplace, tiny_qwen2):
     assert whole[-1]["importance/mean"] != 1.0
     trained([*options, "run.dir=other"])
     _, again = trained([*options, "run.dir=other", "resume=other/checkpoints/step-000002"])
-
-    def without_clock(rows):
-        return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "tokens_"))} for row in rows]
-
     assert without_clock(whole) == without_clock(again)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from builders import save_tiny_model, small_run
+from runs import without_clock
 from safetensors.torch import load_file
 from test_run import torchrun
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,6 @@ from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
 
 FAILS = str(Path(__file__).with_name("fails.py"))
-OF_THE_MACHINE = ("time/", "memory/", "tokens_per_second")
 CUTS = {
     "dp=2": (2, [], "2 = tp=1 x pp=1 x 2 data parallel; 8 sequences each"),
     "cp=2": (2, ["learner.cp=2"], "2 = tp=1 x pp=1 x cp=2 x 1 data parallel; 16 sequences each"),
@@ -75,8 +75,7 @@ each_cut = pytest.mark.parametrize("name", CUTS)
 
 
 def rows_of(run: Path) -> list[dict]:
-    found = read_jsonl(run / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith(OF_THE_MACHINE)} for row in found]
+    return without_clock(read_jsonl(run / "metrics.jsonl"))
 
 
 @each_cut
@@ -88,7 +87,9 @@ def test_it_takes_the_torch_learners_steps(name, cut, alone):
     assert expected[1]["response_length/min"] < expected[1]["response_length/max"]
     for got, wanted in zip(rows, expected, strict=True):
         assert got.keys() == wanted.keys()
-        assert got == pytest.approx(wanted, rel=1e-3, abs=2e-5)
+        # Smaller micro-batches, of which every rank gets some, hold a prompt more often.
+        assert got.pop("tflop", 0) >= wanted.get("tflop", 0)
+        assert got == pytest.approx({k: v for k, v in wanted.items() if k != "tflop"}, rel=1e-3, abs=2e-5)
         if "loss" in wanted:
             assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
             assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from builders import save_tiny_model, small_run
+from runs import without_clock
 
 from fastgrpo.metrics import read_jsonl
 
-WITHOUT_CLOCK = ("time/", "memory/", "tokens_per_second")
 LIMIT_S = 240
 
 
@@ -57,10 +57,7 @@ def test_two_agents_of_one_process_train_like_one_of_two(tmp_path, model):
     assert sorted(path.name for path in runs[0].iterdir()) == sorted(path.name for path in runs[1].iterdir())
     weights = [(run / "hf" / "model.safetensors").read_bytes() for run in runs]
     assert weights[0] == weights[1]
-    rows = [
-        [{key: value for key, value in row.items() if not key.startswith(WITHOUT_CLOCK)} for row in read_jsonl(path)]
-        for path in (run / "metrics.jsonl" for run in runs)
-    ]
+    rows = [without_clock(read_jsonl(run / "metrics.jsonl")) for run in runs]
     assert rows[0] == rows[1]
     assert rows[0][-1]["step"] == 1
 

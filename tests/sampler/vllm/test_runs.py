@@ -10,11 +10,11 @@ import pytest
 import torch
 from builders import save_tiny_model, small_run
 from processes import fastgrpo, signal_at
+from runs import without_clock
 
 from fastgrpo.metrics import read_jsonl
 
 ENVIRONMENTS = Path(__file__).parents[2] / "example_environments.py"
-WITHOUT_CLOCK = ("time/", "memory/", "tokens_per_second")
 
 
 def forget_vllm() -> None:
@@ -39,10 +39,7 @@ def settings(model: str, *more: str) -> list[str]:
 
 
 def rows_of(run):
-    return [
-        {key: value for key, value in row.items() if not key.startswith(WITHOUT_CLOCK)}
-        for row in read_jsonl(run / "metrics.jsonl")
-    ]
+    return without_clock(read_jsonl(run / "metrics.jsonl"))
 
 
 def test_a_killed_run_with_vllm_resumes_bit_for_bit(workplace, model):
