@@ -5,7 +5,7 @@ Both sides describe what they hold as slices of checkpoint tensors, and every ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,7 +166,8 @@ def plan_transfers(learners: Sequence[RemoteSlice], samplers: Sequence[RemoteSli
         pieces += found
     copied = [piece for piece in pieces if piece.source.rank == piece.target.rank]
     moved = [p for piece in pieces if piece.source.rank != piece.target.rank for p in piece.split(bucket_bytes)]
-    return TransferPlan(shared=tuple(shared), copied=tuple(copied), buckets=tuple(_fill_buckets(moved, bucket_bytes)))
+    buckets = _fill_buckets(moved, bucket_bytes)
+    return TransferPlan(shared=tuple(shared), copied=tuple(copied), buckets=tuple(buckets))
 
 
 def _cover(target: RemoteSlice, sources: Sequence[RemoteSlice], sent: dict[int, int]) -> Iterator[Piece]:
@@ -194,17 +195,21 @@ def _cover(target: RemoteSlice, sources: Sequence[RemoteSlice], sent: dict[int, 
         yield piece
 
 
-def _fill_buckets(pieces: Sequence[Piece], limit: int) -> Iterator[tuple[Piece, ...]]:
-    """Consecutive pieces, so many that no rank sends or receives more than the limit (or one row, if that is more)."""
-    bucket: list[Piece] = []
-    load: dict[tuple[str, int], int] = {}
+def _fill_buckets(pieces: Iterable[Piece], limit: int) -> list[tuple[Piece, ...]]:
+    """Each piece in the first bucket where neither its sender nor its receiver gets over the limit (or one row, if that
+    is more). So all ranks send and receive at once, where a bucket of consecutive pieces would be one receiver's."""
+    buckets: list[list[Piece]] = []
+    loads: list[dict[tuple[str, int], int]] = []
+    first_open: dict[tuple[str, int], int] = {}
     for piece in pieces:
-        keys = ("send", piece.source.rank), ("receive", piece.target.rank)
-        if bucket and any(load.get(key, 0) + piece.num_bytes > limit for key in keys):
-            yield tuple(bucket)
-            bucket, load = [], {}
-        bucket.append(piece)
-        for key in keys:
-            load[key] = load.get(key, 0) + piece.num_bytes
-    if bucket:
-        yield tuple(bucket)
+        ends, size = (("send", piece.source.rank), ("receive", piece.target.rank)), piece.num_bytes
+        at = max(first_open.get(end, 0) for end in ends)
+        while at < len(loads) and (full := [e for e in ends if loads[at].get(e, 0) + size > max(limit, size)]):
+            first_open |= {end: at + 1 for end in full if first_open.get(end, 0) == at}
+            at += 1
+        if at == len(loads):
+            buckets.append([])
+            loads.append({})
+        buckets[at].append(piece)
+        loads[at] |= {end: loads[at].get(end, 0) + size for end in ends}
+    return [tuple(bucket) for bucket in buckets]

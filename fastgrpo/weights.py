@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo.checksum import checksum
+from fastgrpo.checksum import checksums
 from fastgrpo.data import packing
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.sampler.protocol import Sampler
@@ -58,6 +58,11 @@ class Exchange:
         samplers = [held for _, part in everyone for held in part]
         self.plan = plan_transfers(learners, samplers, self.bucket_bytes)
         self.addresses = [[held.address for held in part] for part in mine]
+        pieces = [*self.plan.copied, *(piece for bucket in self.plan.buckets for piece in bucket)]
+        self.proven = pieces
+        """What has a checksum on both sides, and which of them this rank gives and takes."""
+        self.given = [i for i, piece in enumerate(pieces) if piece.source.rank == self.rank]
+        self.taken = [i for i, piece in enumerate(pieces) if piece.target.rank == self.rank]
 
     def share(self) -> None:
         """Let the sampler see the learner's newest weights, and prove that it does. Raises WeightsError."""
@@ -136,16 +141,16 @@ class Exchange:
     @torch.no_grad()
     def _differing_checksum(self) -> str | None:
         """Compare both sides of everything that was copied or moved."""
-        pieces = [*self.plan.copied, *(piece for bucket in self.plan.buckets for piece in bucket)]
+        pieces = self.proven
         if not pieces:
             return None
         phase = None if self.full_proof else self.learner.policy_version
         sums = torch.zeros(2, len(pieces), dtype=torch.int64, device=self._device)  # (sides, pieces)
-        for i, piece in enumerate(pieces):
-            if piece.source.rank == self.rank:
-                sums[0, i] = checksum(self._source(piece).to(piece.target.dtype), phase)
-            if piece.target.rank == self.rank:
-                sums[1, i] = checksum(self._target(piece), phase)
+        if self.given:
+            dtypes = [pieces[i].target.dtype for i in self.given]
+            sums[0, self.given] = checksums([self._source(pieces[i]) for i in self.given], phase, dtypes=dtypes)
+        if self.taken:
+            sums[1, self.taken] = checksums([self._target(pieces[i]) for i in self.taken], phase)
         if self.num_ranks > 1:
             dist.all_reduce(sums)  # each entry has one writer
         differing = (sums[0] != sums[1]).nonzero()

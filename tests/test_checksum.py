@@ -3,9 +3,15 @@ import struct
 import pytest
 import torch
 
-from fastgrpo.checksum import SAMPLE, checksum
+from fastgrpo import checksum as module
+from fastgrpo.checksum import SAMPLE, checksums
 
 SHAPES = [(7,), (37, 11), (3, 5, 8), (512, 384)]
+
+
+def checksum(tensor, phase=None):
+    (found,) = checksums([tensor], phase)
+    return found
 
 
 def random(shape, dtype=torch.float32):
@@ -74,3 +80,24 @@ def test_phases_see_every_element():
         other.flatten()[place] += 1.0
         seen = [phase for phase in range(9) if checksum(tensor, phase) != checksum(other, phase)]
         assert len(seen) == 1
+
+
+@pytest.mark.parametrize("phase", [None, 4])
+def test_many_tensors_have_the_sums_that_each_has_alone(phase, monkeypatch):
+    """Whatever their shapes and dtypes, and however many are looked at together."""
+    shapes = [(37, 11), (5,), (37, 11), (64, 48), (37, 11), (0,)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.bfloat16, torch.float32]
+    tensors = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype)
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+    monkeypatch.setattr(module, "SAMPLE", 500)
+    alone = [int(checksum(tensor, phase)) for tensor in tensors]
+    for chunk in (100, 1000, 1 << 20):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        assert checksums(tensors, phase).tolist() == alone
+        narrow = [torch.bfloat16] * len(tensors)
+        assert checksums(tensors, phase, dtypes=narrow).tolist() == [
+            int(checksum(t.bfloat16(), phase)) for t in tensors
+        ]
+    assert checksums([]).tolist() == []

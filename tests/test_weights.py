@@ -1,5 +1,6 @@
 """Planning on paper, and an exchange between two models in one process; tests/sampler/vllm has real samplers."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models import hf, storage
 from fastgrpo.sampler.torch_sampler import TorchSampler
-from fastgrpo.transfer_plan import WeightsError, describe, plan_transfers
+from fastgrpo.transfer_plan import WeightsError, describe, plan_transfers, volume
 from fastgrpo.types import WeightSlice
 from fastgrpo.weights import Exchange
 
@@ -90,6 +91,34 @@ def test_a_bucket_bounds_what_every_rank_sends_and_receives():
         [(0, 1, (6, 0), (2, 4))],
     ]
     assert len(plan_transfers(learners, [held(1, ALL)], 1).buckets) == 8  # a row is never cut
+
+
+def test_ranks_send_and_receive_at_the_same_time():
+    """Piece after piece, rank 1 would wait for rank 0 and rank 3 for rank 2: three buckets."""
+    learners = [held(rank, ALL, name=name) for rank in (0, 1) for name in "wv"]
+    samplers = [held(rank, ALL, name=name) for rank in (2, 3) for name in "wv"]
+    plan = plan_transfers(learners, samplers, volume(FULL) * 4)
+    ends = [{(piece.source.rank, piece.target.rank) for piece in bucket} for bucket in plan.buckets]
+    assert ends == [{(0, 2), (1, 3)}, {(1, 2), (0, 3)}]
+
+
+@pytest.mark.parametrize("limit", [1 << 10, 1 << 12])
+def test_many_ranks_need_hardly_more_buckets_than_the_busiest(limit):
+    """From 4 pipeline stages of 2 shards each to 8 whole models."""
+    learners = [
+        held(rank, BOTTOM if rank % 2 else TOP, name=f"{rank // 2}.{i}") for rank in range(8) for i in range(20)
+    ]
+    samplers = [held(rank, ALL, name=f"{stage}.{i}") for rank in range(8) for stage in range(4) for i in range(20)]
+    buckets = plan_transfers(learners, samplers, limit).buckets
+    busiest: Counter[tuple[str, int]] = Counter()
+    for bucket in buckets:
+        load: Counter[tuple[str, int]] = Counter()
+        for piece in bucket:
+            load["send", piece.source.rank] += piece.num_bytes
+            load["receive", piece.target.rank] += piece.num_bytes
+        assert max(load.values()) <= limit
+        busiest += load
+    assert len(buckets) <= 1.5 * max(busiest.values()) / limit + 1
 
 
 def test_what_the_learner_does_not_hold_is_named():
