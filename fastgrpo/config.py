@@ -458,8 +458,8 @@ class Config:
     resume: str = "no"
     """no | auto (the newest whole checkpoint of run.dir, or of runs/latest) | a run's or checkpoint's path.
     Rows and checkpoints of later steps are removed from run.dir."""
-    deterministic: bool = True
-    """Bit-identical repetition; on a GPU it costs speed."""
+    deterministic: bool = False
+    """On a GPU: the learner repeats a run bit by bit, which costs speed (a CPU's runs always do)."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
