@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrpo.config import EnvironmentConfig, UserError
 from fastgrpo.conversation import Message, conversation, last_turn
-from fastgrpo.environment.contract import OFFERED, normalize
+from fastgrpo.environment.contract import OFFERED, normalize, plain
 from fastgrpo.functions.binding import arguments_of
 from fastgrpo.functions.contract import Failure, Unusable, UserFunction
 from fastgrpo.functions.loading import describe, load_function, name_of
@@ -117,7 +117,7 @@ class Environment:
         failure: Any = None
         if isinstance(outcome, Failure):
             failure = outcome.kind
-            outcome = [{"role": "user", "content": self._told(where, outcome)}]
+            outcome = [{"role": "user", "content": plain(self._told(where, outcome))}]
         if isinstance(outcome, Unusable):
             raise UserError(f"{where} returned {outcome.shown}; return a text, a message {{role, content}} or None")
         token_ids = self._encode(outcome, last_token, where) if outcome else torch.empty(0, dtype=torch.int64)

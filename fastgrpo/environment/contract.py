@@ -19,7 +19,13 @@ def normalize(result: Any) -> list[dict[str, str]] | Unusable:
     messages = [result] if isinstance(result, dict) else result
     if not isinstance(messages, list | tuple) or not messages or not all(map(_is_message, messages)):
         return Unusable(shown(result))
-    return [dict(message) for message in messages]
+    return [{plain(name): plain(value) for name, value in message.items()} for message in messages]
+
+
+def plain(text: str) -> str:
+    """The text as a str that crosses processes (a page's parser returns ones that hold the page), of characters that a
+    tokenizer takes: half of a pair, such as a policy may write in JSON, becomes a question mark."""
+    return str.__str__(text).encode("utf-8", "replace").decode("utf-8")
 
 
 def _is_message(value: Any) -> bool:

@@ -36,13 +36,13 @@ def _call(text: str, tools: dict[str, Callable[..., Any]]) -> str:
         if name not in tools:
             return f"Error: there is no tool {name!r}; there are {', '.join(tools)}"
         inspect.signature(tools[name]).bind(**arguments)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"Error: not a call of a tool: {error}"
     try:
         result = tools[name](**arguments)
-    except Exception as error:  # a tool may raise what it likes; the policy chose the arguments
+        return result if isinstance(result, str) else json.dumps(result, default=str)
+    except Exception as error:  # a tool may raise and return what it likes; the policy chose the arguments
         return f"Error: {type(error).__name__}: {error}"
-    return result if isinstance(result, str) else json.dumps(result, default=str)
 
 
 def try_again(turn: str, answer: Any, grade: str, says: str = "That is not right. Try again.") -> str | None:

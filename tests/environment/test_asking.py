@@ -73,6 +73,7 @@ TOOL = {"role": "tool", "content": "42"}
         ("more", ({"role": "user", "content": "more"},)),
         (TOOL, (TOOL,)),
         ([TOOL, {"role": "user", "content": "so?"}], (TOOL, {"role": "user", "content": "so?"})),
+        ("half \ud83d", ({"role": "user", "content": "half ?"},)),
     ],
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -80,6 +81,17 @@ def test_what_a_function_may_return(result, messages, num_workers):
     (reply,) = ask(lambda turn: result, said("ab"), num_workers=num_workers)
     assert (reply.start, reply.messages, reply.failure) == (3, messages, None)
     assert decode(reply.token_ids) == "".join(f"{m['role'][0]}:{m['content']}" for m in messages)
+
+
+def test_a_text_need_not_cross_processes_as_what_it_was():
+    def respond(turn):
+        class Node(str):  # as a parser of pages makes them, each with the whole page
+            pass
+
+        return Node("found")
+
+    (reply,) = ask(respond, said("ab"), num_workers=1)
+    assert reply.messages == ({"role": "user", "content": "found"},)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ def tools(tmp_path):
         "def add(a, b=1): return a + b\n"
         "def search(query): return f'nothing on {query}'\n"
         "def fail(): raise RuntimeError('out of order')\n"
+        "def pairs(): return {(1, 2): 3}\n"
         "async def later(): pass\n"
     )
-    return [f"{file}:{name}" for name in ("add", "search", "fail")]
+    return [f"{file}:{name}" for name in ("add", "search", "fail", "pairs")]
 
 
 def call(text):
@@ -31,11 +32,13 @@ def call(text):
         ('{"name": "fail"}', "Error: RuntimeError: out of order"),
         ('{"name": "add", "arguments": {"c": 2}}', "Error: not a call of a tool: missing a required argument: 'a'"),
         ('{"name": "add", "arguments": [1]}', "Error: not a call of a tool: "),
-        ('{"name": "rm"}', "Error: there is no tool 'rm'; there are add, search, fail"),
+        ('{"name": "rm"}', "Error: there is no tool 'rm'; there are add, search, fail, pairs"),
+        ('{"name": "pairs"}', "Error: TypeError: keys must be str"),
         ('{"name": ["add"]}', "Error: not a call of a tool: "),
         ("add(2, 3)", "Error: not a call of a tool: "),
         ("[1, 2]", "Error: not a call of a tool: "),
         ("{}", "Error: not a call of a tool: 'name'"),
+        pytest.param("[" * 20_000, "Error: not a call of a tool: maximum recursion", id="deep"),
     ],
 )
 def test_a_call_is_made_or_what_is_wrong_with_it_is_told(tools, text, content):
