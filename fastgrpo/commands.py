@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.functions.loading import name_of
 from fastgrpo.nodes import num_nodes
 from fastgrpo.validate import validate
 
@@ -31,6 +32,9 @@ def train(
     text: the resolved configuration as YAML, kept as run.dir/config.yaml. reward, environment: functions in place of
     their paths. Raises UserError for what the user can mend.
     """
+    if environment is not None:  # named, so that whatever asks whether there is one hears of it
+        name = name_of(environment, "environment")
+        config = replace(config, environment=replace(config.environment, path=name))
     with _over_nodes():
         return _train(config, text, reward, environment)
 

@@ -165,6 +165,9 @@ def test_a_function_from_python(workplace, tiny_qwen2):
     assert set(heard) <= {str(i + 1) for i in range(20)}
     with pytest.raises(UserError, match=r"the environment is a int \(3\); give a function"):
         fastgrpo.train(overrides=[f"model.path={tiny_qwen2}", "run.dir=other"], environment=3)
+    for impossible in ("environment.max_turns=1", "sampling.min_new_tokens=3"):
+        with pytest.raises(UserError, match=f"^{impossible}: "):
+            fastgrpo.train(overrides=[f"model.path={tiny_qwen2}", impossible], environment=respond)
 
 
 def test_ready_made_ones_by_name(workplace):
