@@ -12,11 +12,13 @@ Message = dict[str, str]
 
 
 def conversation(rollout: Rollout, decode: Callable[[Tensor], str]) -> list[Message]:
-    """Everything said after the prompt, {role, content} each; without an environment one message of the assistant's."""
+    """Everything said after the prompt, {role, content} each; without an environment one message of the assistant's.
+
+    The caller's to change: a function that runs in this process may."""
     messages: list[Message] = []
     start = 0
     for reply in rollout.replies:
-        messages += [_turn(rollout.token_ids[start : reply.start], decode), *reply.messages]
+        messages += [_turn(rollout.token_ids[start : reply.start], decode), *map(dict, reply.messages)]
         start = reply.end
     if start < len(rollout.token_ids):
         messages.append(_turn(rollout.token_ids[start:], decode))

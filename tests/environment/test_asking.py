@@ -61,6 +61,8 @@ def test_the_function_gets_what_it_asks_for():
     ]
     metadata = {"level": 3, "source": "x"}
     assert seen == [("b", conversation, 2, "2+3=", "5", metadata, 3, "harsh", {"source": "x"})]
+    seen[0][1][1]["content"] = "yes"
+    assert reply.messages[0]["content"] == "no"
 
 
 TOOL = {"role": "tool", "content": "42"}
