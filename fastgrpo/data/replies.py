@@ -29,6 +29,8 @@ class ReplyEncoder:
         self._config = config
         self._tokenizer = tokenizer
         self._chat = uses_chat_template(config, tokenizer)
+        self._written: set[tuple[str, ...]] = set()
+        """Roles of replies that the template is known to write out."""
 
     def __call__(self, messages: Sequence[dict[str, str]], last_token: int, place: str) -> Tensor:
         """Raises UserError for what the template refuses, the tokenizer cannot encode or the model cannot read."""
@@ -42,6 +44,18 @@ class ReplyEncoder:
         return torch.tensor(ids[1:] if self._chat and ids[0] == last_token else ids, dtype=torch.int64)
 
     def _after_turn(self, messages: Sequence[dict[str, str]], place: str) -> str:
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._written:
+            marks = [f"{TURN[::-1]}x{number}x" for number in range(len(roles))]
+            marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+            text = self._render(marked, place)
+            lost = next((role for role, mark in zip(roles, marks, strict=True) if mark not in text), None)
+            if lost is not None:  # many templates pass over a role that they do not know
+                raise UserError(f"{place}: the chat template leaves out a message of role {lost}; give it another role")
+            self._written.add(roles)
+        return self._render(messages, place)
+
+    def _render(self, messages: Sequence[dict[str, str]], place: str) -> str:
         asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}, *messages]
         text = apply_template(self._tokenizer, asked, self._config, place)
         _, found, after = text.rpartition(TURN)

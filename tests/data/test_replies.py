@@ -79,6 +79,11 @@ def test_a_template_that_refuses_says_so():
     )
     with pytest.raises(UserError, match=r"here: the chat template refuses it \(.*no tools\)"):
         encoder(DataConfig(), chat_tokenizer(template))([{"role": "tool", "content": "5"}], 1, "here")
+    passes_over = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    encode = encoder(DataConfig(), chat_tokenizer(passes_over))
+    encode([{"role": "user", "content": "5"}], 1, "here")
+    with pytest.raises(UserError, match="here: the chat template leaves out a message of role tool; give it another"):
+        encode([{"role": "user", "content": "5"}, {"role": "tool", "content": "5"}], 1, "here")
     forgets = "{{ messages[-1].content }}"
     with pytest.raises(UserError, match="the chat template leaves out what the assistant said before"):
         encoder(DataConfig(), chat_tokenizer(forgets))([{"role": "tool", "content": "5"}], 1, "here")
