@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from fastgrpo.config import UserError
@@ -35,7 +36,7 @@ def _refuse_lost_characters(tokenizer: Any, texts: list[str], places: list[str])
     """Few characters are suspect, lost where they stand alone; only texts that hold one are looked at."""
     unknown = _unknown_id(tokenizer)
     characters = sorted({character for text in texts for character in text})
-    alone = {character: _encode_alone(tokenizer, character) for character in characters}
+    alone = {character: _encode_character(tokenizer, character) for character in characters}
     vanishing = {c for c, ids in alone.items() if ids == [] and not c.isspace()}  # words may swallow white space
     suspects = {c for c, ids in alone.items() if ids is None or unknown in ids} | vanishing
     for text, place in zip(texts, places, strict=True):
@@ -54,6 +55,12 @@ def _unknown_id(tokenizer: Any) -> int | None:
         return tokenizer.unk_token_id
     token = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
     return None if token is None else tokenizer.backend_tokenizer.token_to_id(token)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _encode_character(tokenizer: Any, character: str) -> list[int] | None:
+    """Remembered, because an environment's replies come by the thousand and one at a time."""
+    return _encode_alone(tokenizer, character)
 
 
 def _encode_alone(tokenizer: Any, text: str) -> list[int] | None:

@@ -1,5 +1,7 @@
 """An environment's words as tokens: exactly what the chat template would have put there."""
 
+from unittest.mock import patch
+
 import pytest
 from builders import byte_tokenizer
 
@@ -61,6 +63,15 @@ def test_the_templates_own_settings_reach_it():
     config = DataConfig(chat_template_kwargs={"think": True})
     encoded = encoder(config, chat_tokenizer(CHATML))([{"role": "tool", "content": "5"}], 259, "here")
     assert chat_tokenizer(CHATML).decode(encoded).endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_the_next_reply_is_encoded_in_one_go():
+    tokenizer = chat_tokenizer(CHATML)
+    kind, encode = type(tokenizer), encoder(DataConfig(), tokenizer)
+    encode([{"role": "tool", "content": "0123456789"}], 259, "here")
+    with patch.object(kind, "__call__", autospec=True, side_effect=kind.__call__) as called:
+        encode([{"role": "tool", "content": "9876543210"}], 259, "here")
+    assert called.call_count == 1  # not once a character, to find those that the tokenizer lacks
 
 
 @pytest.mark.parametrize("config", [DataConfig(), DataConfig(chat_template=False)])
