@@ -105,8 +105,10 @@ def draw(run: Run, prompts: list[Prompt], num_samples: int, params: SamplingPara
         mine: list[RolloutGroup] = []
         if run.sampler is not None:
             mine = run.sampler.generate(prompts[ranks.data_rank :: ranks.num_data_ranks], num_samples, params, seed)
-        parts = ranks.gather(mine)
-    return dealt_back(parts, len(prompts))
+        # Every rank has the prompts; a round's hold all that has been said before, and their data's other columns.
+        parts = ranks.gather([{**vars(group), "prompt": None} for group in mine])
+    drawn = zip(prompts, dealt_back(parts, len(prompts)), strict=True)
+    return [RolloutGroup(**{**fields, "prompt": prompt}) for prompt, fields in drawn]
 
 
 def dealt_back(parts: list[list[T]], count: int) -> list[T]:

@@ -14,6 +14,8 @@ from fastgrpo.conversation import conversation
 from fastgrpo.main import compose
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import make_minibatch
+from fastgrpo.parcel import pack
+from fastgrpo.ranks import Ranks
 from fastgrpo.rollout import collect, draw_whole
 from fastgrpo.trainer import compute_advantages
 
@@ -95,6 +97,22 @@ def test_a_rounds_size_changes_no_conversation(workplace, tiny_qwen2):
             found.append([(r.token_ids.tolist(), r.loss_mask.tolist(), r.num_turns, r.finish_reason) for r in rollouts])
         assert found[0] == found[1] == found[2]
         assert len({turns for _, _, turns, _ in found[0]}) > 2
+
+
+def test_ranks_tell_each_other_what_was_drawn_and_not_what_all_know(workplace, tiny_qwen2):
+    class Telling(Ranks):
+        def gather(self, part):
+            told.append(pack(part).numpy().tobytes())
+            return super().gather(part)
+
+    told: list[bytes] = []
+    with assembled(*options_of(tiny_qwen2)) as run:
+        run.sampling_ranks = Telling()
+        prompts = [replace(prompt, metadata={"tests": "x" * 1000}) for prompt in run.stream.take(2)]
+        groups = draw_whole(run, prompts, 4, run.sampling, seed=0)
+    assert [group.prompt for group in groups] == prompts
+    assert len(told) > 2
+    assert not any(b"x" * 1000 in message for message in told)
 
 
 def test_turns_and_the_limit_end_a_conversation(workplace, tiny_qwen2):
