@@ -113,7 +113,7 @@ def record(run: Run, row: dict[str, float], *, last: bool) -> None:
             run.phases.enter("train")  # what was offloaded is part of the state
             state = {
                 "stream": run.stream.state_dict(),
-                "unfinished": run.unfinished.state_dict(),
+                "unfinished": run.unfinished.state_dict() if run.learner.ranks.is_main else [],  # who alone writes it
                 "num_nonfinite": run.num_nonfinite,
             }
             # The last one has nothing to be written beside.

@@ -116,16 +116,16 @@ class Unfinished:
         )
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Everything in flight, as JSON holds it: float32 survives Python's float64 unchanged."""
+        """Everything in flight, as JSON holds it."""
         return [
             {
                 "prompt_id": group.prompt.prompt_id,
                 "prompt_routed_experts": _encoded(group.prompt_routed_experts),
                 "rollouts": [
                     {
-                        "token_ids": rollout.token_ids.tolist(),
-                        "sampler_logprobs": rollout.sampler_logprobs.tolist(),
-                        "token_versions": _versions(rollout).tolist(),
+                        "token_ids": _encoded(rollout.token_ids),
+                        "sampler_logprobs": _encoded(rollout.sampler_logprobs),
+                        "token_versions": _encoded(_versions(rollout)),
                         "finish_reason": rollout.finish_reason,
                         "policy_version": rollout.policy_version,
                         "routed_experts": _encoded(rollout.routed_experts),
@@ -150,7 +150,7 @@ class Unfinished:
             RolloutGroup(
                 prompt=by_id[group["prompt_id"]],
                 rollouts=tuple(_loaded(group["prompt_id"], rollout) for rollout in group["rollouts"]),
-                prompt_routed_experts=_decoded(group["prompt_routed_experts"]),
+                prompt_routed_experts=_decoded_experts(group["prompt_routed_experts"]),
             )
             for group in state
         ]
@@ -198,32 +198,33 @@ def _joined_experts(begun: Rollout, group: RolloutGroup) -> Tensor | None:
     return torch.cat([first, last[len(first) - len(begun.token_ids) :], rest])
 
 
-def _encoded(experts: Tensor | None) -> list[Any] | None:
+def _encoded(tensor: Tensor | None) -> list[Any] | None:
     """Type, shape and bytes, because millions of numbers are too many for JSON."""
-    if experts is None:
+    if tensor is None:
         return None
-    array = experts.numpy()
+    array = tensor.numpy()
     return [array.dtype.name, array.shape, base64.b64encode(array.tobytes()).decode()]
 
 
-def _decoded(state: list[Any] | None) -> Tensor | None:
-    if state is None:
-        return None
+def _decoded(state: list[Any]) -> Tensor:
     dtype, shape, text = state
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype).reshape(shape).copy())
 
 
+def _decoded_experts(state: list[Any] | None) -> Tensor | None:
+    return None if state is None else _decoded(state)
+
+
 def _told(reply: Reply) -> dict[str, Any]:
-    return {**vars(reply), "token_ids": reply.token_ids.tolist(), "messages": list(reply.messages)}
+    return {**vars(reply), "token_ids": _encoded(reply.token_ids), "messages": list(reply.messages)}
 
 
 def _heard(state: dict[str, Any]) -> Reply:
-    token_ids = torch.tensor(state["token_ids"], dtype=torch.int64)
-    return Reply(**{**state, "token_ids": token_ids, "messages": tuple(state["messages"])})
+    return Reply(**{**state, "token_ids": _decoded(state["token_ids"]), "messages": tuple(state["messages"])})
 
 
 def _loaded(prompt_id: str, state: dict[str, Any]) -> Rollout:
-    token_ids = torch.tensor(state["token_ids"], dtype=torch.int64)
+    token_ids = _decoded(state["token_ids"])
     replies = tuple(map(_heard, state["replies"]))
     loss_mask = torch.ones(len(token_ids), dtype=torch.bool)
     for reply in replies:
@@ -232,10 +233,10 @@ def _loaded(prompt_id: str, state: dict[str, Any]) -> Rollout:
         prompt_id=prompt_id,
         token_ids=token_ids,
         loss_mask=loss_mask,
-        sampler_logprobs=torch.tensor(state["sampler_logprobs"], dtype=torch.float32),
+        sampler_logprobs=_decoded(state["sampler_logprobs"]),
         finish_reason=state["finish_reason"],
         policy_version=state["policy_version"],
-        token_versions=torch.tensor(state["token_versions"], dtype=torch.int64),
-        routed_experts=_decoded(state["routed_experts"]),
+        token_versions=_decoded(state["token_versions"]),
+        routed_experts=_decoded_experts(state["routed_experts"]),
         replies=replies,
     )

@@ -191,6 +191,23 @@ def test_what_is_in_flight_survives_json_bit_by_bit():
     assert [p.token_ids.tolist() for p in other.continuations()] == [[7, 8, 2, 3]]
 
 
+def test_the_state_holds_no_number_for_every_token():
+    """A step of a thousand prompts has a hundred million tokens in flight."""
+
+    def size_of(value):
+        if isinstance(value, dict | list | tuple):
+            return 1 + sum(map(size_of, value.values() if isinstance(value, dict) else value))
+        return 1
+
+    sizes = []
+    for length in (2, 200):
+        unfinished = Unfinished(max_new_tokens=1000, max_turns=3)
+        unfinished.add([group("q", (list(range(length)), "stop"))])
+        unfinished.reply([reply(length, *range(length))])
+        sizes.append(size_of(unfinished.state_dict()))
+    assert sizes[0] == sizes[1]
+
+
 def test_a_prompt_that_has_gone_is_named():
     with pytest.raises(UserError, match="in the middle of prompt slow, which the data no longer has"):
         Unfinished(max_new_tokens=4).load_state_dict(begun().state_dict(), [group("fast").prompt])
