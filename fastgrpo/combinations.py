@@ -36,7 +36,7 @@ def check_combinations(config: Config, num_ranks: int) -> None:
     _model(config)
     _layout(config, num_ranks)
     _lora(config)
-    _sampler(config, num_ranks)
+    _sampler(config)
     _router_replay(config)
     if config.model.path == "":
         refuse("model.path", '""', "model=hf needs a Hugging Face directory or hub name; add model.path=...")
@@ -156,16 +156,12 @@ def _lora(config: Config) -> None:
         )
 
 
-def _sampler(config: Config, num_ranks: int) -> None:
+def _sampler(config: Config) -> None:
     sampler = config.sampler
     if sampler.kind == "torch" and sampler.tp != 1:
         refuse("sampler.tp", sampler.tp, "sampler=torch is one model on one device; use sampler=vllm")
     if sampler.merge_adapters and not (sampler.kind == "vllm" and config.model.lora.enabled):
         refuse("sampler.merge_adapters", "true", "it is for sampler=vllm with adapters (model.lora.rank); use false")
-    if num_ranks % sampler.tp:
-        refuse(
-            "sampler.tp", sampler.tp, f"it does not divide the job's {num_ranks} processes; start others with torchrun"
-        )
     device = config.cluster.device
     if sampler.kind == "vllm" and device.startswith("cuda:") and device != "cuda:0":
         refuse("cluster.device", device, "vLLM takes the first GPU it sees; use cuda, and set CUDA_VISIBLE_DEVICES")

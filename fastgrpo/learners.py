@@ -28,13 +28,19 @@ def check_layout(config: Config, model_config: Any, num_ranks: int) -> None:
         from fastgrpo.learner.megatron.layout import data_parallel_size
 
         data_parallel_size(_layout(config), Architecture.of(model_config), num_ranks)
-    possible = [tp for tp in range(1, num_ranks + 1) if num_ranks % tp == 0 and _can_sample(Shape.of(model_config), tp)]
-    if config.sampler.tp not in possible:
-        raise UserError(
-            f"sampler.tp={config.sampler.tp}: cannot cut the model's {model_config.num_attention_heads} attention and "
-            f"{model_config.num_key_value_heads} key/value heads; possible with {num_ranks} "
-            f"process{'es' if num_ranks > 1 else ''}: {', '.join(map(str, possible))}"
-        )
+    _check_sampler_tp(config.sampler.tp, Shape.of(model_config), num_ranks)
+
+
+def _check_sampler_tp(tp: int, shape: Shape, num_ranks: int) -> None:
+    possible = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0 and _can_sample(shape, size)]
+    if tp in possible:
+        return
+    if not _can_sample(shape, tp):
+        problem = f"cannot cut the model's {shape.num_heads} attention and {shape.num_kv_heads} key/value heads"
+    else:
+        problem = f"does not divide the number of processes (torchrun can start a multiple of {tp})"
+    processes = f"{num_ranks} process{'es' if num_ranks > 1 else ''}"
+    raise UserError(f"sampler.tp={tp}: {problem}; possible with {processes}: {', '.join(map(str, possible))}")
 
 
 def _can_sample(shape: Shape, tp: int) -> bool:

@@ -7,11 +7,25 @@ from fastgrpo.config import UserError
 from fastgrpo.learners import check_layout
 from fastgrpo.main import compose
 
+HEADS = "cannot cut the model's 12 attention and 6 key/value heads"
 
-def test_a_sampler_that_can_neither_cut_nor_replicate_the_heads_is_refused_with_those_that_can():
+
+@pytest.mark.parametrize(
+    ("tp", "num_ranks", "line"),
+    [
+        (4, 4, f"{HEADS}; possible with 4 processes: 1, 2"),
+        (5, 12, f"{HEADS}; possible with 12 processes: 1, 2, 3, 6, 12"),
+        (
+            3,
+            4,
+            "does not divide the number of processes (torchrun can start a multiple of 3); possible with 4 processes: "
+            "1, 2",
+        ),
+    ],
+)
+def test_an_impossible_cut_of_the_sampler_is_refused_with_the_possible_ones(tp, num_ranks, line):
     six = small_shape("llama", vocab_size=61, hidden_size=96, num_attention_heads=12, num_key_value_heads=6)
     check_layout(compose("train", ["sampler=vllm", "sampler.tp=12"])[0], six, 12)  # each twice
-    message = "sampler.tp=4: cannot cut the model's 12 attention and 6 key/value heads; possible with 4 processes: 1, 2"
     with pytest.raises(UserError) as error:
-        check_layout(compose("train", ["sampler=vllm", "sampler.tp=4"])[0], six, 4)
-    assert str(error.value) == message
+        check_layout(compose("train", ["sampler=vllm", f"sampler.tp={tp}"])[0], six, num_ranks)
+    assert str(error.value) == f"sampler.tp={tp}: {line}"

@@ -548,8 +548,9 @@ def test_plan_of_a_cluster_refuses_the_cuts_that_a_run_would(call, refusal, tiny
     assert "8 = tp=2 x pp=2 x 2 data parallel" in out
     assert "1 + 1 layers, the last with the head" in out
     assert "4 = tp=2 x pp=2 x 1 data parallel" in call("plan", *small_run(tiny_qwen2, *cut))[1]
-    line = refusal("plan", *small_run(tiny_qwen2, *cut, "cluster.num_ranks=6"))
-    assert line.startswith("sampler.tp=4: it does not divide the job's 6 processes")
+    line = refusal("plan", *small_run(tiny_qwen2, *cut, "learner.pp=1", "cluster.num_ranks=6"))
+    count = "does not divide the number of processes (torchrun can start a multiple of 4)"
+    assert line == f"sampler.tp=4: {count}; possible with 6 processes: 1, 2"
     line = refusal("plan", *small_run(tiny_qwen2, *cut, "learner.pp=3", "cluster.num_ranks=12"))
     assert line.startswith("learner.pp=3: more stages than the model's 2 layers; possible with 12 processes: ")
     line = refusal("plan", *small_run(tiny_qwen2, *cut, "sampler.tp=8", "cluster.num_ranks=8"))

@@ -74,7 +74,7 @@ def test_a_run_with_an_environment(workplace, model):
     [
         (
             ["sampler.tp=3"],
-            "sampler.tp=3: it does not divide the job's 1 processes; start others with torchrun",
+            "sampler.tp=3: cannot cut the model's 4 attention and 2 key/value heads; possible with 1 process: 1",
         ),
         (["sampler=torch", "sampler.tp=2"], "sampler.tp=2: sampler=torch is one model on one device; use sampler=vllm"),
         (
