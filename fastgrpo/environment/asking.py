@@ -107,9 +107,9 @@ class Environment:
             )
             for prompt, messages in zip(prompts, said, strict=True)
         ]
-        # One batch of calls where one call can hold up or end the others, else one each.
-        batches = [calls] if self._function.is_async else [[call] for call in calls]
-        tickets = [self._executor.submit(0, batch) for batch in batches if batch]
+        # Async calls all run at once, each worker's share in its event loop; others one by one.
+        share = -(-len(calls) // max(1, self._config.num_workers)) if self._function.is_async else 1
+        tickets = [self._executor.submit(0, calls[i : i + share]) for i in range(0, len(calls), max(1, share))]
         return [outcome for ticket in tickets for outcome in ticket()]
 
     def _reply(self, prompt: Prompt, start: int, last_token: int, outcome: Any) -> Reply:

@@ -126,16 +126,21 @@ def test_replies_come_in_the_order_of_the_turns():
     assert ask(respond) == []
 
 
-def test_async_functions_run_all_at_once():
+def test_async_functions_run_all_at_once_in_all_workers():
     async def respond(turn):
         import asyncio
+        import os
 
-        await asyncio.sleep(0.2)
-        return turn
+        await asyncio.sleep(0.4)
+        return f"{turn}{os.getpid()}"
 
+    turns = [chr(ord("0") + number) for number in range(51)]
     begin = time.monotonic()
-    assert len(ask(respond, *[said("a")] * 50, num_workers=1, timeout_s=5)) == 50
-    assert time.monotonic() - begin < 8  # one after the other would take ten seconds
+    replies = [reply.messages[0]["content"] for reply in ask(respond, *map(said, turns), num_workers=2, timeout_s=5)]
+    assert time.monotonic() - begin < 8  # one after the other in each worker would take ten seconds
+    assert [reply[0] for reply in replies] == turns
+    assert len({reply[1:] for reply in replies}) == 2
+    assert ask(respond) == []
 
 
 def raises(turn):
