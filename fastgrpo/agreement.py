@@ -22,6 +22,8 @@ from fastgrpo.types import Prompt
 
 PATIENCE_S = 10.0
 """What a network file system has for showing a node what another has written."""
+COMPARED = ("*.safetensors", "config.json", "generation_config.json", "adapter_config.json", "adapter_model.bin")
+"""A model's or adapters' files that decide what is computed, or where a completion ends."""
 NUM_PIECES, PIECE_BYTES = 16, 1 << 16
 """What is read of a large file."""
 
@@ -104,7 +106,7 @@ def _compare(key: str, value: str | None, digest: Callable[[], str], ranks: Rank
 
 def _digest_of_files(directory: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")) + sorted(directory.glob("config.json")):
+    for path in (path for pattern in COMPARED for path in sorted(directory.glob(pattern))):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:

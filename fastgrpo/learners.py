@@ -108,6 +108,8 @@ def _megatron_learner(
             load_model(config, tokenizer, prompts, notify)  # leaves the warm-started model in the cache
         hand_out(Path(path), ranks)
     check_model("model.path" if config.model.path else "model.cache_dir", path, ranks)
+    if config.model.lora.path is not None:
+        check_model("model.lora.path", config.model.lora.path, ranks)
     device, dtype = device_of(config)
     adapters = None
     if config.model.lora.enabled:

@@ -3,9 +3,11 @@
 import pytest
 from builders import small_shape
 
+from fastgrpo import learners
 from fastgrpo.config import UserError
 from fastgrpo.learners import check_layout
 from fastgrpo.main import compose
+from fastgrpo.ranks import Ranks
 
 HEADS = "cannot cut the model's 12 attention and 6 key/value heads"
 
@@ -29,3 +31,15 @@ def test_an_impossible_cut_of_the_sampler_is_refused_with_the_possible_ones(tp, 
     with pytest.raises(UserError) as error:
         check_layout(compose("train", ["sampler=vllm", f"sampler.tp={tp}"])[0], six, num_ranks)
     assert str(error.value) == f"sampler.tp={tp}: {line}"
+
+
+def test_nodes_compare_the_model_and_the_adapters_that_a_run_goes_on_from(monkeypatch):
+    pytest.importorskip("megatron.core")
+    compared = []
+    monkeypatch.setattr(learners, "started_by_torchrun", lambda: True)
+    monkeypatch.setattr(learners, "check_prompts", lambda *_: None)
+    monkeypatch.setattr(learners, "check_model", lambda *of: compared.append(of[:2]))
+    config, _ = compose("train", ["model=hf", "model.path=policy", "model.lora.path=adapters", "learner=megatron"])
+    with pytest.raises(UserError):  # neither is there
+        learners.make_learner(config, None, None, Ranks(), print)
+    assert compared == [("model.path", "policy"), ("model.lora.path", "adapters")]

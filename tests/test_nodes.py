@@ -378,11 +378,13 @@ def test_other_prompts_are_refused(both, other):
     assert both(*[partial(agreement.check_prompts, config, prompts("5"))] * 2) == [None, None]
 
 
-def test_another_copy_of_the_model_is_refused(both, tmp_path):
+@pytest.mark.parametrize("file", ["model.safetensors", "generation_config.json", "adapter_config.json"])
+def test_another_copy_of_the_model_is_refused(both, tmp_path, file):
     for name, last in (("a", b"0"), ("b", b"1"), ("c", b"0")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-        (tmp_path / name / "model.safetensors").write_bytes(bytes(100_000) + last)
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(100_000))
+        (tmp_path / name / file).write_bytes(bytes(100_000) + last)
     of = {name: partial(agreement.check_model, "model.path", str(tmp_path / name)) for name in "abc"}
     assert both(of["a"], of["c"]) == [None, None]
     lines = both(of["a"], of["b"])
