@@ -10,9 +10,7 @@ import os
 import random
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +18,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from allocations import Allocations
 from setting import (
+    MAX_SEQUENCES,
     MODELS,
     NUM_SAMPLES,
     OBJECTIVE,
@@ -28,12 +28,12 @@ from setting import (
     TRAIN,
     VOCABULARY,
     batch_of,
+    bytes_built,
     load,
     prompts,
     settings,
     short_run,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.core_client import InprocClient
@@ -49,7 +49,8 @@ from fastgrpo.types import SamplingParams
 from fastgrpo.weights import Exchange
 
 DIRECTORY = Path(sys.argv[1])
-ALLOCATING = ("empty", "empty_strided", "empty_like", "zeros", "ones", "full", "clone", "_to_copy", "cat")
+CROWDED = "qwen2"
+"""The model whose engine takes more sequences at once than a step takes tokens for."""
 
 
 class Pair:
@@ -57,26 +58,44 @@ class Pair:
 
     def __init__(
         self,
-        kind: str,
+        name: str,
         *,
         changed: Callable[[list], list] = list,
-        observed_by: Any = None,
         lora: LoraConfig | None = None,
         **more: Any,
     ) -> None:
-        model = load(DIRECTORY, kind)
+        model = load(DIRECTORY, name)
         adapters = None if lora is None else add_adapters(model, lora, seed=0)
         self.learner = TorchLearner(model, TRAIN, num_updates=9, adapters=adapters)
         self.messages: list[str] = []
         config = settings(model.config, adapters={} if adapters is None else adapters.shapes(), **more)
-        with observed_by or nullcontext():
+        before = torch.get_rng_state(), random.getstate(), torch.set_num_threads
+        with Allocations() as allocated:
             self.sampler = VLLMSampler(
                 config, lambda: changed(self.learner.weight_slices()), max_restarts=1, notify=self.messages.append
             )
+        self.built = {
+            **bytes_built(self.sampler, allocated),
+            "matrices_allocated": sum(allocated.shapes[shape] for shape in self.matrices()),
+            "process_untouched": [
+                torch.equal(before[0], torch.get_rng_state()),
+                before[1] == random.getstate(),
+                before[2] is torch.set_num_threads,
+                not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1,
+            ],
+        }
         self.exchange = Exchange(
             self.learner, self.sampler, bucket_bytes=1 << 20, canary=prompts(5)[4].token_ids, full_proof=True
         )
         self.sampler.refill = self.exchange.restore
+
+    def matrices(self) -> set[tuple[int, ...]]:
+        """The shapes of vLLM's."""
+        return {tuple(p.shape) for p in self.sampler.engine.adoption.model.parameters() if p.ndim > 1}
+
+    def key(self) -> str:
+        """Of the engine's compiled code."""
+        return self.sampler.engine.llm.vllm_config.compute_hash()
 
     def update(self) -> None:
         """Move every weight by far more than the proof's tolerance shows."""
@@ -100,72 +119,43 @@ def drawn(groups) -> dict[str, list[list[int]]]:
     return {g.prompt.prompt_id: [r.token_ids.tolist() for r in g.rollouts] for g in groups}
 
 
-class Allocations(TorchDispatchMode):
-    """The shapes of all tensors that are allocated on a real device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: Counter[tuple[int, ...]] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in ALLOCATING and result.device.type != "meta":
-            self.shapes[tuple(result.shape)] += 1
-        return result
-
-
-def sharing(kind: str) -> dict[str, Any]:
-    """Whether vLLM computes with the learner's tensors, through updates; and what it allocates to get there."""
-    torch.manual_seed(11)
-    random.seed(11)
-    before = torch.get_rng_state(), random.getstate(), torch.set_num_threads
-    allocated = Allocations()
-    pair = Pair(kind, observed_by=allocated)
-    matrices = {tuple(p.shape) for p in pair.sampler.engine.adoption.model.parameters() if p.ndim > 1}
-    untouched = [
-        torch.equal(before[0], torch.get_rng_state()),
-        before[1] == random.getstate(),
-        before[2] is torch.set_num_threads,
-        not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1,
-    ]
-    theirs = {s.name: s.tensor.data_ptr() for s in pair.sampler.weight_slices()}
-    ours = {s.name: s.tensor.data_ptr() for s in pair.learner.weight_slices()}
+def sharing(pair: Pair) -> dict[str, Any]:
+    """Whether vLLM computes with the learner's tensors, through updates; and what was allocated to get there."""
+    learner, sampler = pair.learner, pair.sampler
+    theirs = {s.name: s.tensor.data_ptr() for s in sampler.weight_slices()}
+    ours = {s.name: s.tensor.data_ptr() for s in learner.weight_slices()}
     (batch,) = batch_of(pair.generate(), 0)
-    first = pair.learner.logprobs(batch, temperature=1.0)
-    differences = short_run(pair.learner, pair.sampler, pair.exchange, num_steps=4)
-    change = (pair.learner.logprobs(batch, temperature=1.0) - first).abs().max().item()
-    pair.sampler.close()
+    first = learner.logprobs(batch, temperature=1.0)
+    with Allocations() as allocated:
+        differences = short_run(learner, sampler, pair.exchange, num_steps=4)
+    moments = 2 * sum(p.nbytes for p in learner.model.parameters())
     return {
-        "differences": differences,
-        "change": change,
-        "copied": pair.sampler.copied,
+        **pair.built,
+        "copied": sampler.copied,
         "same_addresses": ours == theirs,
-        "process_untouched": untouched,
-        "matrices_allocated": sum(allocated.shapes[shape] for shape in matrices),
-        "tensors_allocated": sum(allocated.shapes.values()),
+        "differences": differences,
+        "change": (learner.logprobs(batch, temperature=1.0) - first).abs().max().item(),
+        "bytes_kept": allocated.live_bytes() - moments,
+        "key": pair.key(),
     }
 
 
-def crowded() -> int:
+def crowded(pair: Pair) -> int:
     """Completions drawn where the prompts are more than one step of the engine takes in."""
-    pair = Pair("qwen2", max_sequences=64)
     longest = prompts(320)[4::5]
     assert sum(len(prompt.token_ids) for prompt in longest) > MAX_BATCHED_TOKENS
-    groups = pair.generate(longest, num_samples=1)
-    pair.sampler.close()
-    return sum(len(group.rollouts) for group in groups)
+    return sum(len(group.rollouts) for group in pair.generate(longest, num_samples=1))
 
 
 def sampling(pair: Pair) -> dict[str, Any]:
     """What the samples depend on, and what their logprobs mean."""
-    oracle = AutoModelForCausalLM.from_pretrained(DIRECTORY / "qwen3", dtype=torch.float32)
+    oracle = AutoModelForCausalLM.from_pretrained(DIRECTORY / "qwen3-tied", dtype=torch.float32)
     chosen = prompts(6)
     result: dict[str, Any] = {"drawn": drawn(pair.generate(chosen)), "again": drawn(pair.generate(chosen))}
     result["reversed"] = drawn(pair.generate(chosen[::-1]))
     result["alone"] = drawn(pair.generate(chosen[2:3]))
     result["other_seed"] = drawn(pair.generate(chosen, seed=6))
     result["no_prompts"] = pair.generate([])
-    result["crowded"] = crowded()
     greedy = replace(SAMPLING, temperature=0.0)
     for name, params in {
         "warm": replace(SAMPLING, temperature=0.7),
@@ -186,7 +176,7 @@ def sampling(pair: Pair) -> dict[str, Any]:
 
 def continuing(pair: Pair) -> dict[str, Any]:
     """Completions that go on after a reply, each with a limit of its own: from the keys that are there, and anew."""
-    oracle = AutoModelForCausalLM.from_pretrained(DIRECTORY / "qwen3", dtype=torch.float32)
+    oracle = AutoModelForCausalLM.from_pretrained(DIRECTORY / "qwen3-tied", dtype=torch.float32)
     run, cached = pair.sampler.engine.run, []
 
     def counting(requests):
@@ -306,7 +296,8 @@ def failures(pair: Pair) -> dict[str, Any]:
         client.engine_core.step_fn = lambda: ({}, False)
         return EngineCoreOutputs()
 
-    result: dict[str, Any] = {"gone": gone_when(pair, lambda: outcome(raises, 1))}
+    result: dict[str, Any] = {"keys": [pair.key()], "gone": gone_when(pair, lambda: outcome(raises, 1))}
+    result["keys"].append(pair.key())
     result |= {how.__name__: outcome(how, 1) for how in (raises, drops, stands_still)}
     result["nothing"] = outcome()
     result["proof"] = pair.proof()
@@ -338,11 +329,11 @@ def gone_when(pair: Pair, restarts: Callable[[], Any]) -> dict[str, bool]:
     return gone
 
 
-def pools() -> list[str]:
+def pools(pair: Pair) -> list[str]:
     """What happens in which order to the memory that sleeps, at the end of an engine: here a pool that is none."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
-    pair, happened = Pair("qwen2"), []
+    happened: list[str] = []
     shutdown = InprocClient.shutdown
 
     class Pool:
@@ -404,16 +395,6 @@ def gpu_arguments() -> dict[str, Any]:
     return result
 
 
-def keys() -> list[str]:
-    """Of the compiled code of two engines of one model, and of one of another."""
-    found = []
-    for kind in ("qwen2", "qwen2", "qwen3"):
-        pair = Pair(kind)
-        found.append(pair.sampler.engine.llm.vllm_config.compute_hash())
-        pair.sampler.close()
-    return found
-
-
 def apart() -> dict[str, Any]:
     """A learner whose memory vLLM cannot take as it is: a copy, kept up to date and proven by its checksums."""
 
@@ -421,7 +402,7 @@ def apart() -> dict[str, Any]:
         return [replace(s, tensor=s.tensor.clone()) if ".gate_proj." in s.name else s for s in held]
 
     pair = Pair("llama", changed=elsewhere)
-    result: dict[str, Any] = {"copied": pair.sampler.copied}
+    result: dict[str, Any] = {"copied": pair.sampler.copied, **pair.built}
     result["differences"] = short_run(pair.learner, pair.sampler, pair.exchange, num_steps=3)
     pair.update()
     result["stale"] = pair.proof()
@@ -437,7 +418,7 @@ def apart() -> dict[str, Any]:
 
 def adapted(lora: LoraConfig) -> dict[str, Any]:
     """Adapters that vLLM computes beside the learner's matrices, from updates that change them by a lot."""
-    pair = Pair("qwen2", lora=lora)
+    pair = Pair("qwen2-tied", lora=lora)
     (batch,) = batch_of(pair.generate(), 0)
     first = pair.learner.logprobs(batch, temperature=1.0)
     result: dict[str, Any] = {"copied": pair.sampler.copied}
@@ -457,18 +438,24 @@ def adapted(lora: LoraConfig) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    results: dict[str, Any] = {kind: sharing(kind) for kind in MODELS}
-    pair = Pair("qwen3")
-    pair.exchange.share()
-    results["sampling"] = sampling(pair)
-    results["continuing"] = continuing(pair)
-    results["proofs"] = proofs(pair)
-    results["failures"] = failures(pair)
-    pair.sampler.close()
+    torch.manual_seed(11)
+    random.seed(11)
+    results: dict[str, Any] = {}
+    for name in MODELS:
+        pair = Pair(name, max_sequences=64 if name == CROWDED else MAX_SEQUENCES)
+        if name == "qwen3-tied":
+            pair.exchange.share()
+            results["sampling"], results["continuing"] = sampling(pair), continuing(pair)
+        results[name] = sharing(pair)
+        if name == "qwen3-tied":
+            results["proofs"], results["failures"] = proofs(pair), failures(pair)
+        if name == CROWDED:
+            results["crowded"], results["pools"] = crowded(pair), pools(pair)
+        else:
+            pair.sampler.close()
     results["apart"] = apart()
     results["adapters"] = adapted(LoraConfig(rank=3))
     results["some adapters"] = adapted(LoraConfig(rank=4, target_modules=["k_proj", "down_proj"], rank_stabilized=True))
-    results["pools"], results["keys"] = pools(), keys()
     results["gpu_arguments"], results["allocator_settings"] = gpu_arguments(), allocator_settings()
     (DIRECTORY / "alone.json").write_text(json.dumps(results))
 

@@ -70,9 +70,9 @@ def models(tmp_path_factory):
     directory.mkdir(exist_ok=True)
     with open(directory / "models.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for kind in MODELS:
-            if not (directory / kind).exists():
-                save_model(directory, kind)
+        for name in MODELS:
+            if not (directory / name).exists():
+                save_model(directory, name)
     return directory
 
 

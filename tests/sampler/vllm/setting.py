@@ -19,45 +19,52 @@ from fastgrpo.types import PackedBatch, Prompt, RolloutGroup, SamplingParams
 
 VOCABULARY = 509
 """Padded to 512, so the second half of a vocabulary cut in two ends in 3 rows that are no token."""
-MODELS = {"qwen2": True, "qwen3": True, "llama": False, "mistral": False, "qwen3_moe": False}
-"""Kind to whether its head is tied: Qwen2 brings biases, Qwen3 norms of queries and keys, Llama a head of its own,
-Mistral heads that are not hidden / heads wide in a model class of its own, and Qwen3-MoE experts."""
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "qwen3_moe")
+"""Qwen2 brings biases, Qwen3 norms of queries and keys, Mistral heads that are not hidden / heads wide in a model class
+of its own, and Qwen3-MoE experts."""
+MODELS = tuple(f"{family}{head}" for family in FAMILIES for head in ("", "-tied"))
 TRAIN = TrainConfig(learning_rate=1e-2)
 OBJECTIVE = Objective()
 SAMPLING = SamplingParams(max_new_tokens=12, stop_token_ids=(1,))
 FLOAT32_TOLERANCE = 2e-5
 NUM_SAMPLES = 4
 MAX_LENGTH = 128
+MAX_SEQUENCES = 16
+KV_CACHE_BYTES = 1 << 24
+ENGINE_BYTES = 160 << 10
+"""What an engine may hold beside its parameters, the KV cache and the embeddings of a step's tokens: inputs and tables,
+104 KiB, and 140 of 64 sequences. The smallest model has 930 KiB, and a layer's gate_up_proj 96."""
 
 
-def save_model(directory: Path, kind: str) -> str:
+def save_model(directory: Path, name: str) -> str:
     """A random float32 model whose logits are far from flat, and whose biases are not zero."""
     from transformers import AutoModelForCausalLM
 
+    family = name.removesuffix("-tied")
     shape = small_shape(
-        kind,
+        family,
         vocab_size=VOCABULARY,
-        hidden_size=160 if kind == "mistral" else 128,
+        hidden_size=160 if family == "mistral" else 128,
         head_dim=32,  # vLLM's attention on a CPU wants 32 or more
         intermediate_size=96,
-        tie_word_embeddings=MODELS[kind],
+        tie_word_embeddings=name.endswith("-tied"),
         eos_token_id=1,
         pad_token_id=0,
-        **({"moe_intermediate_size": 64} if kind == "qwen3_moe" else {}),  # vLLM pads experts to multiples of 32
+        **({"moe_intermediate_size": 64} if family == "qwen3_moe" else {}),  # vLLM pads experts to multiples of 32
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape)
-    for name, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
         else:
-            parameter.data *= 1 if "embed" in name else 4
-    model.save_pretrained(directory / kind)
-    return str(directory / kind)
+            parameter.data *= 1 if "embed" in key else 4
+    model.save_pretrained(directory / name)
+    return str(directory / name)
 
 
-def load(directory: Path, kind: str) -> Any:
-    return hf.load_model(str(directory / kind), device="cpu", dtype=torch.float32)
+def load(directory: Path, name: str) -> Any:
+    return hf.load_model(str(directory / name), device="cpu", dtype=torch.float32)
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -84,14 +91,26 @@ def settings(config: Any, **more: Any) -> Any:
             "device": "cpu",
             "tp": 1,
             "max_model_len": MAX_LENGTH,
-            "max_sequences": 16,
-            "kv_cache_bytes": 1 << 24,
+            "max_sequences": MAX_SEQUENCES,
+            "kv_cache_bytes": KV_CACHE_BYTES,
             "gpu_memory_utilization": None,
             "enforce_eager": True,
             "sleeps": False,
         }
         | more
     )
+
+
+def bytes_built(sampler: Any, allocated: Any) -> dict[str, int]:
+    """Of the Allocations of a sampler's building: the parameters that it copied, and what is neither these nor the KV
+    cache nor the embeddings of a step's tokens."""
+    from fastgrpo.sampler.vllm.engine import MAX_BATCHED_TOKENS
+    from fastgrpo.sampler.vllm.layout import parameters
+
+    held = parameters(sampler.engine.adoption.model)
+    copied = sum(owned.parameter.nbytes for owned in held if owned.name in sampler.copied)
+    embeddings = MAX_BATCHED_TOKENS * sampler.settings.config.hidden_size * 4
+    return {"copied_bytes": copied, "engine_bytes": allocated.live_bytes() - KV_CACHE_BYTES - embeddings - copied}
 
 
 def batch_of(groups: list[RolloutGroup], seed: int):
