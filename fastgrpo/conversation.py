@@ -9,6 +9,8 @@ from torch import Tensor
 from fastgrpo.types import Rollout
 
 Message = dict[str, str]
+CHECK = "check"
+"""The conversation_id of what functions are tried with before a run starts."""
 
 
 def conversation(rollout: Rollout, decode: Callable[[Tensor], str]) -> list[Message]:

@@ -42,7 +42,7 @@ def evaluate(run: Run) -> dict[str, float]:
     )
     prompts, seed = run.eval_prompts[: config.num_prompts], derive_seed(run.config.seed, "eval")
     with run.ledger("eval"), run.ledger.all_as("eval"):
-        groups, failures = score(run, draw_whole(run, prompts, config.num_samples, params, seed))
+        groups, failures = score(run, draw_whole(run, prompts, config.num_samples, params, seed, f"eval-{run.step}"))
         metrics, shown = summarize(groups, failures, run.decode, run.step)
     run.log_samples(shown)
     return metrics

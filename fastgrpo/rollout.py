@@ -23,11 +23,12 @@ def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
     sampled: list[ScoredGroup] = []
     counts: Counter[str] = Counter()
     for attempt in range(1 + config.max_resamples * config.dynamic_sampling):
-        seed = derive_seed(run.config.seed, "rollout", run.step, attempt)
+        seed, label = derive_seed(run.config.seed, "rollout", run.step, attempt), f"train-{run.step}-{attempt}"
         if run.config.sampler.oversample > 0:
-            drawn = draw_ahead(run, wanted, seed)
+            drawn = draw_ahead(run, wanted, seed, label)
         else:
-            drawn = draw_whole(run, run.stream.take(wanted - len(groups)), config.group_size, run.sampling, seed)
+            prompts = run.stream.take(wanted - len(groups))
+            drawn = draw_whole(run, prompts, config.group_size, run.sampling, seed, label)
         scored, failures = score(run, drawn)
         sampled += scored
         counts += failures
@@ -42,7 +43,7 @@ def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
     return groups, row
 
 
-def draw_ahead(run: Run, wanted: int, seed: int) -> list[RolloutGroup]:
+def draw_ahead(run: Run, wanted: int, seed: int, label: str) -> list[RolloutGroup]:
     """The first `wanted` groups to be complete, of more that are drawn; the others go on in the next step.
 
     A step waits for the slowest of `wanted` groups and not for the slowest of all. Nothing is thrown away: a group that
@@ -52,18 +53,20 @@ def draw_ahead(run: Run, wanted: int, seed: int) -> list[RolloutGroup]:
     config, unfinished = run.config, run.unfinished
     in_flight = round(wanted * (1 + config.sampler.oversample))
     fresh = run.stream.take(max(0, in_flight - len(unfinished)))
-    return draw_until(run, unfinished, wanted, fresh, config.algorithm.group_size, run.sampling, seed)
+    return draw_until(run, unfinished, wanted, fresh, config.algorithm.group_size, run.sampling, seed, label)
 
 
 def draw_whole(
-    run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
+    run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int, label: str
 ) -> list[RolloutGroup]:
-    """The prompts' groups, in their order, every conversation with the environment at its end."""
+    """The prompts' groups, in their order, every conversation with the environment at its end.
+
+    label: what no other draw of the run is called; the conversations' names begin with it."""
     begin(run)
     if run.environment is None:
-        return draw(run, prompts, num_samples, params, seed)
+        return named(draw(run, prompts, num_samples, params, seed), label)
     unfinished = Unfinished(params.max_new_tokens, run.config.environment.max_turns)
-    return draw_until(run, unfinished, len(prompts), prompts, num_samples, params, seed)
+    return draw_until(run, unfinished, len(prompts), prompts, num_samples, params, seed, label)
 
 
 def draw_until(
@@ -74,6 +77,7 @@ def draw_until(
     num_samples: int,
     params: SamplingParams,
     seed: int,
+    label: str,
 ) -> list[RolloutGroup]:
     """Begin the fresh prompts and go on with all that is unfinished, until `wanted` groups are complete.
 
@@ -85,10 +89,21 @@ def draw_until(
     while fresh or unfinished.num_complete < wanted:
         pending = unfinished.continuations()
         unfinished.extend(draw(run, pending, 1, params, derive_seed(seed, "round", number)))
-        unfinished.add(draw(run, fresh, num_samples, params, derive_seed(seed, "begin")))
+        unfinished.add(named(draw(run, fresh, num_samples, params, derive_seed(seed, "begin")), label))
         unfinished.reply(replies_to(run, unfinished.turns()))
         fresh, number = [], number + 1
     return unfinished.take(wanted)
+
+
+def named(groups: list[RolloutGroup], label: str) -> list[RolloutGroup]:
+    """The groups that have just begun, their conversations named label-group-sample."""
+    return [
+        replace(
+            group,
+            rollouts=tuple(replace(r, conversation_id=f"{label}-{number}-{i}") for i, r in enumerate(group.rollouts)),
+        )
+        for number, group in enumerate(groups)
+    ]
 
 
 def begin(run: Run) -> None:

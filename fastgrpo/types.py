@@ -122,6 +122,8 @@ class Rollout:
     completion. None where they were not asked for."""
     replies: tuple[Reply, ...] = ()
     """The environment's, in their order."""
+    conversation_id: str | None = None
+    """Names it to environment and reward functions, from its first turn on; the trainer's, and unique in a run."""
 
     @property
     def num_turns(self) -> int:

@@ -130,6 +130,7 @@ class Unfinished:
                         "policy_version": rollout.policy_version,
                         "routed_experts": _encoded(rollout.routed_experts),
                         "replies": [_told(reply) for reply in rollout.replies],
+                        "conversation_id": rollout.conversation_id,
                     }
                     for rollout in group.rollouts
                 ],
@@ -236,6 +237,7 @@ def _loaded(prompt_id: str, state: dict[str, Any]) -> Rollout:
         sampler_logprobs=_decoded(state["sampler_logprobs"]),
         finish_reason=state["finish_reason"],
         policy_version=state["policy_version"],
+        conversation_id=state["conversation_id"],
         token_versions=_decoded(state["token_versions"]),
         routed_experts=_decoded_experts(state["routed_experts"]),
         replies=replies,

@@ -11,6 +11,7 @@ from runs import assembled, rows_of, without_clock
 import fastgrpo
 from fastgrpo.config import UserError
 from fastgrpo.conversation import conversation
+from fastgrpo.functions.loading import load_function
 from fastgrpo.main import compose
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import make_minibatch
@@ -22,6 +23,11 @@ from fastgrpo.trainer import compute_advantages
 ENVIRONMENTS = Path(__file__).with_name("example_environments.py")
 # A random policy's bytes end a turn now and then.
 STOPS = f"sampling.stop_token_ids=[{','.join(map(str, range(2, 70)))}]"
+
+
+def open_conversations():
+    """What example_environments.counts keeps."""
+    return load_function(f"{ENVIRONMENTS}:counts", "environment.path").__globals__["OPEN"]
 
 
 def options_of(model, *more, environment="echoes"):
@@ -91,7 +97,7 @@ def test_a_rounds_size_changes_no_conversation(workplace, tiny_qwen2):
         prompts, greedy, found = run.stream.take(40), replace(run.sampling, temperature=0.0), []
         for round_tokens in (256, 5, 1):
             run.config.sampler.round_tokens = round_tokens
-            groups = draw_whole(run, prompts, 1, greedy, seed=0)
+            groups = draw_whole(run, prompts, 1, greedy, seed=0, label="test")
             assert [g.prompt.prompt_id for g in groups] == [p.prompt_id for p in prompts]
             rollouts = [g.rollouts[0] for g in groups]
             found.append([(r.token_ids.tolist(), r.loss_mask.tolist(), r.num_turns, r.finish_reason) for r in rollouts])
@@ -109,10 +115,25 @@ def test_ranks_tell_each_other_what_was_drawn_and_not_what_all_know(workplace, t
     with assembled(*options_of(tiny_qwen2)) as run:
         run.sampling_ranks = Telling()
         prompts = [replace(prompt, metadata={"tests": "x" * 1000}) for prompt in run.stream.take(2)]
-        groups = draw_whole(run, prompts, 4, run.sampling, seed=0)
+        groups = draw_whole(run, prompts, 4, run.sampling, seed=0, label="test")
     assert [group.prompt for group in groups] == prompts
     assert len(told) > 2
     assert not any(b"x" * 1000 in message for message in told)
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("sampler.oversample=0.5", "sampler.round_tokens=3")], ids=["whole", "oversampled"]
+)
+def test_a_conversation_has_one_name_for_the_environment_and_the_reward(workplace, tiny_qwen2, more):
+    """By which they find what they keep of it."""
+    names = open_conversations()
+    names.clear()
+    in_process = ("reward.num_workers=0", f"reward.path={ENVIRONMENTS}:counted")
+    rows = rows_of(*options_of(tiny_qwen2, *more, *in_process, environment="counts"))
+    assert all(row["reward/max"] > 1 for row in rows if "reward/max" in row)
+    going_on = {name for name in names if name != "check"}
+    assert bool(going_on) == bool(more)
+    assert all(name.startswith("train-") for name in going_on)
 
 
 def test_turns_and_the_limit_end_a_conversation(workplace, tiny_qwen2):

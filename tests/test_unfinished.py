@@ -100,7 +100,9 @@ def reply(start, *tokens, content="no"):
 def conversing():
     """Limit 8, three turns: one completion has ended a turn, its sibling is cut in the middle of one."""
     unfinished = Unfinished(max_new_tokens=8, max_turns=3)
-    unfinished.add([group("q", ([1, 2], "stop"), ([3, 4], "length"))])
+    asked = group("q", ([1, 2], "stop"), ([3, 4], "length"))
+    named = tuple(replace(r, conversation_id=f"train-3-0-7-{i}") for i, r in enumerate(asked.rollouts))
+    unfinished.add([replace(asked, rollouts=named)])
     return unfinished
 
 
@@ -157,6 +159,7 @@ def test_conversations_survive_json():
         _, said = each.turns()[0]
         assert said.replies[0].messages == ({"role": "user", "content": "é"},)
         assert said.loss_mask.tolist() == [True, True, False, False, True]
+        assert [said.conversation_id for _, said in each.turns()] == ["train-3-0-7-0", "train-3-0-7-1"]
 
 
 def test_a_replys_tokens_have_the_experts_of_the_turn_that_read_them():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import EnvironmentConfig, UserError
-from fastgrpo.conversation import Message, conversation, last_turn
+from fastgrpo.conversation import CHECK, Message, conversation, last_turn
 from fastgrpo.environment.contract import OFFERED, normalize, plain
 from fastgrpo.functions.binding import arguments_of
 from fastgrpo.functions.contract import Failure, Unusable, UserFunction
@@ -78,8 +78,8 @@ class Environment:
         Raises UserError where the function returns what is no reply, and under environment.on_error=fail where it
         raises or exceeds environment.timeout_s.
         """
-        said = [conversation(rollout, self._decode) for _, rollout in turns]
-        outcomes = self._call([prompt for prompt, _ in turns], said)
+        said = [(prompt, conversation(rollout, self._decode), rollout.conversation_id) for prompt, rollout in turns]
+        outcomes = self._call(said)
         return [
             self._reply(prompt, len(rollout.token_ids), int(rollout.token_ids[-1]), outcome)
             for (prompt, rollout), outcome in zip(turns, outcomes, strict=True)
@@ -88,10 +88,10 @@ class Environment:
     def check(self, prompt: Prompt) -> None:
         """Answers a made-up turn, so that a broken function ends the run before it starts. Raises UserError as
         `replies` does."""
-        (outcome,) = self._call([prompt], [[{"role": "assistant", "content": "0"}]])
+        (outcome,) = self._call([(prompt, [{"role": "assistant", "content": "0"}], CHECK)])
         self._reply(prompt, 1, -1, outcome)
 
-    def _call(self, prompts: list[Prompt], said: list[list[Message]]) -> list[Any]:
+    def _call(self, said: list[tuple[Prompt, list[Message], str | None]]) -> list[Any]:
         calls = [
             arguments_of(
                 self._function,
@@ -99,13 +99,14 @@ class Environment:
                     "turn": last_turn(messages),
                     "conversation": messages,
                     "num_turns": sum(message["role"] == "assistant" for message in messages),
+                    "conversation_id": conversation_id,
                     "prompt": prompt.text,
                     "answer": prompt.answer,
                     "metadata": dict(prompt.metadata),
                 },
                 prompt.metadata,
             )
-            for prompt, messages in zip(prompts, said, strict=True)
+            for prompt, messages, conversation_id in said
         ]
         # Async calls all run at once, each worker's share in its event loop; others one by one.
         share = -(-len(calls) // max(1, self._config.num_workers)) if self._function.is_async else 1

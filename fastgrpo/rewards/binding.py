@@ -15,7 +15,8 @@ class Sample:
 
     Example: Sample(prompt_id="train/17", prompt="2+3=", answer="5", metadata={}, completions=["5", "6"],
                     conversations=[[{"role": "assistant", "content": "5"}], [{"role": "assistant", "content": "6"}]],
-                    token_ids=[[8, 2], [9, 2]], finish_reasons=["stop", "stop"])
+                    conversation_ids=["train-1-0-3-0", "train-1-0-3-1"], token_ids=[[8, 2], [9, 2]],
+                    finish_reasons=["stop", "stop"])
     """
 
     prompt_id: str
@@ -26,6 +27,7 @@ class Sample:
     """With an environment the policy's last turns."""
     conversations: list[list[dict[str, str]]]
     """Everything said after the prompt."""
+    conversation_ids: list[str | None]
     token_ids: list[list[int]]
     finish_reasons: list[str]
 
@@ -41,8 +43,13 @@ def bind(function: RewardFunction, sample: Sample) -> list[dict[str, Any]]:
 
 def _own_arguments(function: RewardFunction, sample: Sample) -> list[dict[str, Any]]:
     """What differs between the calls."""
-    values = (sample.completions, sample.conversations, sample.token_ids, sample.finish_reasons)
+    values = {
+        "completion": sample.completions,
+        "conversation": sample.conversations,
+        "conversation_id": sample.conversation_ids,
+        "finish_reason": sample.finish_reasons,
+    }
     if function.per_group:
-        return [dict(zip(("completions", "conversations", "token_ids", "finish_reasons"), values, strict=True))]
-    names = ("completion", "conversation", "token_ids", "finish_reason")
-    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+        return [{f"{name}s": of_all for name, of_all in values.items()} | {"token_ids": sample.token_ids}]
+    values["token_ids"] = sample.token_ids
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]

@@ -9,9 +9,15 @@ from typing import Any
 
 from fastgrpo.functions.contract import Unusable, UserFunction, shown
 
-PER_COMPLETION = ("completion", "prompt", "answer", "metadata", "conversation", "token_ids", "finish_reason")
+PER_COMPLETION = (
+    *("completion", "prompt", "answer", "metadata"),
+    *("conversation", "conversation_id", "token_ids", "finish_reason"),
+)
 """What a function that asks for `completion` can ask for."""
-PER_GROUP = ("completions", "prompt", "answer", "metadata", "conversations", "token_ids", "finish_reasons")
+PER_GROUP = (
+    *("completions", "prompt", "answer", "metadata"),
+    *("conversations", "conversation_ids", "token_ids", "finish_reasons"),
+)
 """What a function that asks for `completions` can ask for."""
 
 

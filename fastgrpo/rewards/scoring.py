@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RewardConfig, UserError
-from fastgrpo.conversation import conversation, last_turn
+from fastgrpo.conversation import CHECK, conversation, last_turn
 from fastgrpo.functions.contract import Failure, Unusable
 from fastgrpo.functions.loading import name_of
 from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor, Ticket
@@ -104,6 +104,7 @@ class Rewards:
                     metadata=prompt.metadata,
                     completions=["0"] * group_size,
                     conversations=[[{"role": "assistant", "content": "0"}]] * group_size,
+                    conversation_ids=[CHECK] * group_size,
                     token_ids=[[0]] * group_size,
                     finish_reasons=["stop"] * group_size,
                 )
@@ -207,6 +208,7 @@ def _sample(group: RolloutGroup, decode: Callable[[Tensor], str]) -> Sample:
         metadata=group.prompt.metadata,
         completions=[last_turn(messages) for messages in conversations],
         conversations=conversations,
+        conversation_ids=[rollout.conversation_id for rollout in group.rollouts],
         token_ids=[rollout.token_ids.tolist() for rollout in group.rollouts],
         finish_reasons=[rollout.finish_reason for rollout in group.rollouts],
     )

@@ -34,6 +34,7 @@ def said(text, *replies, prompt_id="train/3", **metadata):
         finish_reason="stop",
         policy_version=0,
         replies=replies,
+        conversation_id="train-1-0-3-2",
     )
 
 
@@ -49,8 +50,9 @@ def ask(function, *turns, **settings):
 def test_the_function_gets_what_it_asks_for():
     seen = []
 
-    def respond(turn, conversation, num_turns, prompt, answer, metadata, level, tone="calm", **others):
+    def respond(turn, conversation, num_turns, conversation_id, prompt, answer, metadata, level, tone="calm", **others):
         seen.append((turn, conversation, num_turns, prompt, answer, metadata, level, tone, others))
+        assert conversation_id == "train-1-0-3-2"
 
     reply = Reply(start=2, token_ids=torch.tensor([99, 99]), messages=({"role": "tool", "content": "no"},))
     ask(respond, said("a\0??b", reply, level=3, source="x"), kwargs={"tone": "harsh"})

@@ -19,6 +19,7 @@ def make_group(texts, prompt_id="train/17", answer="5", finish_reasons=None, **m
             sampler_logprobs=torch.zeros(len(text)),
             finish_reason=finish_reasons[i] if finish_reasons else "stop",
             policy_version=0,
+            conversation_id=f"train-1-0-0-{i}",
         )
         for i, text in enumerate(texts)
     )

@@ -60,7 +60,9 @@ class Judge:
     def score(self, completion): return 1
 """
 NAMES = "score, neither, both, plural, singular, positional, nothing, Judge"
-SINGULAR = "`completion`, `prompt`, `answer`, `metadata`, `conversation`, `token_ids`, `finish_reason`"
+SINGULAR = (
+    "`completion`, `prompt`, `answer`, `metadata`, `conversation`, `conversation_id`, `token_ids`, `finish_reason`"
+)
 
 
 @pytest.mark.parametrize(

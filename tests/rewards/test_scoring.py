@@ -27,10 +27,13 @@ def test_default_reward(group, decode, num_workers):
 
 
 def test_everything_a_completion_function_is_given(group, decode):
-    seen = []
+    seen, named = [], []
 
-    def reward(completion, prompt, answer, metadata, token_ids, finish_reason, level, scale=1, **others):
+    def reward(
+        completion, prompt, answer, metadata, conversation_id, token_ids, finish_reason, level, scale=1, **others
+    ):
         seen.append((completion, prompt, answer, metadata, token_ids, finish_reason, level, scale, others))
+        named.append(conversation_id)
         return 0
 
     one = group(["a", "bc"], finish_reasons=["stop", "length"], level=3, topic="sums", prompt="a column")
@@ -41,13 +44,15 @@ def test_everything_a_completion_function_is_given(group, decode):
         ("a", "2+3=", "5", metadata, [97], "stop", 3, 2, rest),
         ("bc", "2+3=", "5", metadata, [98, 99], "length", 3, 2, rest),
     ]
+    assert named == ["train-1-0-0-0", "train-1-0-0-1"]
 
 
 def test_everything_a_group_function_is_given(group, decode):
     seen = []
 
-    def reward(completions, prompt, answer, metadata, token_ids, finish_reasons):
+    def reward(completions, prompt, answer, metadata, conversation_ids, token_ids, finish_reasons):
         seen.append((completions, prompt, answer, metadata, token_ids, finish_reasons))
+        assert conversation_ids == ["train-1-0-0-0", "train-1-0-0-1"]
         return [len(text) for text in completions]
 
     result = score([group(["a", "bc"], finish_reasons=["stop", "length"], level=3)], decode, reward)
@@ -197,8 +202,8 @@ def test_check_finds_a_parameter_that_nothing_fills(prompt):
             rewards.check(prompt(topic="sums"))
     assert str(error.value) == (
         "reward=bad asks for `level`, which is neither one of completion, prompt, answer, metadata, "
-        "conversation, token_ids, finish_reason nor a column of the data (topic); rename it, give it a default or "
-        "set reward.kwargs.level"
+        "conversation, conversation_id, token_ids, finish_reason nor a column of the data (topic); rename it, give it "
+        "a default or set reward.kwargs.level"
     )
 
 

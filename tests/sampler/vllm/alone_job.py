@@ -253,7 +253,7 @@ def proofs(pair: Pair) -> dict[str, Any]:
     gate_up.weight = torch.nn.Parameter(own.detach().roll(len(own) // 2, 0), requires_grad=False)
     addresses, pair.exchange.addresses = pair.exchange.addresses, []
     pair.exchange.prepare()
-    pair.exchange.plan = replace(pair.exchange.plan, copied=())
+    pair.exchange.plan, pair.exchange.proven = replace(pair.exchange.plan, copied=()), []
     result["permuted"] = pair.proof()
     gate_up.weight = own
     pair.exchange.prepare()
