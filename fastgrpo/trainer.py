@@ -25,6 +25,7 @@ NUM_SHOWN_GROUPS = 2
 def train(run: Run, stop: StopRequest) -> None:
     """Train from run.step on to the configured number of steps, or until asked to stop; then everything is saved."""
     config = run.config
+    run.ledger.step()  # what setting up took is no step's time
     share(run)
     if run.step == 0:
         record(run, evaluate_if_due(run), last=False)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -570,3 +571,12 @@ def test_samples_of_the_first_groups_are_kept(workplace, tiny_qwen2):
     samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [1] * 8 + [2] * 8  # two groups of four
     assert sum(sample["advantage"] for sample in samples[:4]) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_setting_up_is_no_steps_time(workplace, tiny_qwen2):
+    with assembled(*small_run(tiny_qwen2, "train.num_steps=1")) as run:
+        time.sleep(1.0)
+        began = time.perf_counter()
+        train(run, StopRequest(print))
+        took = time.perf_counter() - began
+    assert sum(row["time/total_s"] for row in read_jsonl("run/metrics.jsonl")) <= took

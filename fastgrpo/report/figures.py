@@ -42,6 +42,7 @@ PLAIN_CHARTS: list[tuple[str, str, bool, list[tuple[str, str]]]] = [
     ("Sampler against learner", "real", True, [("mean |Δ logprob|", "sampler_mismatch/mean_abs")]),
     ("Loss", "real", False, [("loss", "loss")]),
     ("Throughput", "count", True, [("tokens/s", "tokens_per_second")]),
+    ("Updates' arithmetic, of what the devices could do (MFU)", "percent", True, [("MFU", "mfu")]),
     (
         "Memory held at the end of a phase, bytes",
         "count",
@@ -53,6 +54,7 @@ LINE_STYLES = [("blue", ""), ("orange", "6 4"), ("green", "2 4"), ("purple", "8 
 HANDLED = {
     "step",
     "tokens",
+    "tflop",
     "reward/mean",
     "reward/std",
     "response_length/mean",
