@@ -10,6 +10,7 @@ class Case:
     model: str
     learner_tp: int = 1
     learner_pp: int = 1
+    learner_cp: int = 1
     learner_ep: int = 1
     sampler_tp: int = 1
     lora_rank: int = 0
@@ -23,20 +24,23 @@ class Case:
 
     @property
     def name(self) -> str:
-        experts = f" ep={self.learner_ep}" if self.learner_ep > 1 else ""
+        more = "".join(f" {n}={size}" for n, size in (("cp", self.learner_cp), ("ep", self.learner_ep)) if size > 1)
         adapters = " adapters" if self.lora_rank else ""
-        return f"{self.model}{adapters} tp={self.learner_tp} pp={self.learner_pp}{experts} -> tp={self.sampler_tp}"
+        return f"{self.model}{adapters} tp={self.learner_tp} pp={self.learner_pp}{more} -> tp={self.sampler_tp}"
 
 
 CASES = (
-    Case(model="qwen2", learner_tp=2, sampler_tp=2),
-    Case(model="llama", learner_tp=1, sampler_tp=1, fail=True),
+    Case(model="qwen2-tied", learner_tp=2, sampler_tp=2),
+    Case(model="llama", learner_tp=1, sampler_tp=1),
     Case(model="qwen3", learner_tp=2, sampler_tp=1, spoil=True),
-    Case(model="llama", learner_tp=1, sampler_tp=2),
-    Case(model="qwen2", learner_pp=2, sampler_tp=1, fail=True),
-    Case(model="llama", learner_pp=2, sampler_tp=2),
+    Case(model="llama-tied", learner_tp=1, sampler_tp=2),
+    Case(model="qwen2-tied", learner_pp=2, sampler_tp=1, fail=True),
+    Case(model="qwen2", learner_pp=2, sampler_tp=2),
+    Case(model="qwen3-tied", learner_cp=2, sampler_tp=1),
     Case(model="qwen3_moe", learner_tp=2, sampler_tp=2),
-    Case(model="qwen3_moe", learner_ep=2, sampler_tp=1),
-    Case(model="qwen2", learner_tp=2, sampler_tp=2, lora_rank=3),
-    Case(model="llama", learner_pp=2, sampler_tp=2, lora_rank=3),
+    Case(model="qwen3_moe-tied", learner_ep=2, sampler_tp=1),
+    Case(model="mistral", learner_tp=2, sampler_tp=2, lora_rank=3),
+    Case(model="llama-tied", learner_pp=2, sampler_tp=2, lora_rank=3),
 )
+"""Every family, with its head tied and untied: shared (Llama, Qwen2, Qwen3), and moved from tensor-parallel ranks, from
+whole copies and from stages."""

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from allocations import Allocations
 from ranks_cases import CASES, Case
-from setting import SAMPLING, TRAIN, prompts, settings, short_run
+from setting import SAMPLING, TRAIN, bytes_built, prompts, settings, short_run
 from vllm.v1.engine.core_client import InprocClient
 
 from fastgrpo.config import LoraConfig
@@ -31,18 +32,22 @@ DIRECTORY = Path(sys.argv[1])
 def run(case: Case) -> dict:
     path = str(DIRECTORY / case.model)
     sequence_parallel = case.model == "qwen3_moe" and case.learner_tp > 1  # Megatron's experts want it
-    layout = Layout(tp=case.learner_tp, pp=case.learner_pp, ep=case.learner_ep, sp=sequence_parallel)
+    layout = Layout(
+        tp=case.learner_tp, pp=case.learner_pp, cp=case.learner_cp, ep=case.learner_ep, sp=sequence_parallel
+    )
     adapters = None
     if case.lora_rank:
         adapters = add_to_skeleton(path, LoraConfig(rank=case.lora_rank), dtype=torch.float32, seed=0)
     learner = MegatronLearner.from_pretrained(path, layout, TRAIN, num_updates=9, adapters=adapters)
     messages: list[str] = []
     engine = settings(load_config(path), tp=case.sampler_tp, adapters=adapters.shapes() if adapters else {})
-    sampler = VLLMSampler(engine, learner.weight_slices, max_restarts=1, notify=messages.append)
+    with Allocations() as building:
+        sampler = VLLMSampler(engine, learner.weight_slices, max_restarts=1, notify=messages.append)
     try:
         canary = prompts(5)[4].token_ids
         exchange = Exchange(learner, sampler, bucket_bytes=case.bucket_bytes, canary=canary)
-        differences = short_run(learner, sampler, exchange, num_steps=3)
+        with Allocations() as running:
+            differences = short_run(learner, sampler, exchange, num_steps=3)
         plan = exchange.plan
         loads = [
             sum(p.num_bytes for p in bucket if p.target.rank == rank)
@@ -53,6 +58,8 @@ def run(case: Case) -> dict:
             "differences": differences,
             "trained": learner.policy_version,
             "copied": sampler.copied,
+            **bytes_built(sampler, building),
+            "bytes_kept": running.live_bytes(),
             "num_shared": sum(held.rank == dist.get_rank() for held in plan.shared),
             "num_local": len(plan.copied),
             "num_buckets": len(plan.buckets),
