@@ -126,8 +126,8 @@ def sharing(pair: Pair) -> dict[str, Any]:
     ours = {s.name: s.tensor.data_ptr() for s in learner.weight_slices()}
     (batch,) = batch_of(pair.generate(), 0)
     first = learner.logprobs(batch, temperature=1.0)
-    with Allocations() as allocated:
-        differences = short_run(learner, sampler, pair.exchange, num_steps=4)
+    allocated = Allocations()
+    differences = short_run(learner, sampler, pair.exchange, num_steps=4, watch=allocated)
     moments = 2 * sum(p.nbytes for p in learner.model.parameters())
     return {
         **pair.built,

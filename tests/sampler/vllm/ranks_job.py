@@ -46,8 +46,8 @@ def run(case: Case) -> dict:
     try:
         canary = prompts(5)[4].token_ids
         exchange = Exchange(learner, sampler, bucket_bytes=case.bucket_bytes, canary=canary)
-        with Allocations() as running:
-            differences = short_run(learner, sampler, exchange, num_steps=3)
+        running = Allocations()
+        differences = short_run(learner, sampler, exchange, num_steps=3, watch=running)
         plan = exchange.plan
         loads = [
             sum(p.num_bytes for p in bucket if p.target.rank == rank)

@@ -5,6 +5,7 @@ Shared by the tests and by the jobs that they start: vLLM runs in processes of i
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,23 @@ def batch_of(groups: list[RolloutGroup], seed: int):
     return list(pack(sequences, max_tokens=4096, share_prompts=True))
 
 
-def short_run(learner: Any, sampler: Any, exchange: Any, *, num_steps: int, params: SamplingParams = SAMPLING):
+def short_run(
+    learner: Any,
+    sampler: Any,
+    exchange: Any,
+    *,
+    num_steps: int,
+    params: SamplingParams = SAMPLING,
+    watch: AbstractContextManager[Any] | None = None,
+):
     """Sample, compare, update, share, some times over; the largest difference of each step's logprobs.
 
-    Every rank samples all prompts, so that all of them learn the same.
+    Every rank samples all prompts, so that all of them learn the same. watch: what to share and to update in.
     """
-    differences = []
+    watch, differences = watch or nullcontext(), []
     for step in range(num_steps):
-        exchange.share()
+        with watch:
+            exchange.share()
         groups = sampler.generate(prompts(6), NUM_SAMPLES, params, seed=step)
         batches = batch_of(groups, step)
         worst = max(
@@ -149,5 +159,6 @@ def short_run(learner: Any, sampler: Any, exchange: Any, *, num_steps: int, para
         differences.append(worst)
         if step < num_steps - 1:
             others = [PackedBatch.empty()] * len(batches) if learner.ranks.in_step else []
-            learner.update(batches if learner.ranks.data_rank == 0 else others, OBJECTIVE)
+            with watch:
+                learner.update(batches if learner.ranks.data_rank == 0 else others, OBJECTIVE)
     return differences
