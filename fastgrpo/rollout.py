@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastgrpo import stats
 from fastgrpo.algorithms.advantages import is_constant
+from fastgrpo.config import UserError
+from fastgrpo.nodes import JobError
+from fastgrpo.ranks import Ranks
 from fastgrpo.run import Run
 from fastgrpo.seeding import derive_seed
 from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup, SamplingParams, ScoredGroup
@@ -137,8 +142,8 @@ def replies_to(run: Run, turns: list[tuple[Prompt, Rollout]]) -> list[Reply]:
         return []
     ranks = run.sampling_ranks
     with run.ledger("environment"):
-        mine = run.environment.replies(turns[ranks.data_rank :: ranks.num_data_ranks]) if ranks.leads else []
-        parts = ranks.gather(mine)
+        mine = turns[ranks.data_rank :: ranks.num_data_ranks] if ranks.leads else []
+        parts = gathered(ranks, partial(run.environment.replies, mine))
     return dealt_back(parts, len(turns))
 
 
@@ -146,16 +151,33 @@ def score(run: Run, groups: list[RolloutGroup]) -> tuple[list[ScoredGroup], Coun
     """The groups with their rewards, and the reward functions' failures, on every rank; groups may be dropped."""
     ranks = run.sampling_ranks
     mine = range(ranks.data_rank, len(groups), ranks.num_data_ranks)
-    found: list[tuple[int, dict[str, Any]]] = []
-    failures: Counter[str] = Counter()
+
+    def find() -> tuple[list[tuple[int, dict[str, Any]]], Counter[str]]:
+        if run.rewards is None:
+            return [], Counter()
+        result = run.rewards.score([groups[i] for i in mine], run.decode)
+        place = {id(groups[i]): i for i in mine}
+        # Every rank has the groups; only what was found out about them is sent.
+        found = [(place[id(scored.group)], {**vars(scored), "group": None}) for scored in result.groups]
+        return found, Counter({name: int(n) for name, n in result.metrics.items() if name in stats.FAILURES})
+
     with run.ledger("reward"):
-        if run.rewards is not None:
-            result = run.rewards.score([groups[i] for i in mine], run.decode)
-            place = {id(groups[i]): i for i in mine}
-            # Every rank has the groups; only what was found out about them is sent.
-            found = [(place[id(scored.group)], {**vars(scored), "group": None}) for scored in result.groups]
-            failures.update({name: int(n) for name, n in result.metrics.items() if name in stats.FAILURES})
-        parts = ranks.gather((found, failures))
+        parts = gathered(ranks, find)
     everything = sorted((entry for part, _ in parts for entry in part), key=lambda entry: entry[0])
     scored_groups = [ScoredGroup(**{**fields, "group": groups[i]}) for i, fields in everything]
     return scored_groups, sum((counts for _, counts in parts), Counter())
+
+
+def gathered(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """What the work gives the leaders, on every rank. Raises UserError on all of them where it does on one, so that all
+    end with its line and none with a broken exchange."""
+    part, problem = None, None
+    try:
+        part = work()
+    except UserError as error:
+        problem = str(error)
+    parts = ranks.gather((part, problem))
+    for _, problem in parts:
+        if problem is not None:
+            raise JobError(problem)
+    return [part for part, _ in parts]  # type: ignore[misc]  # None only where there is a problem

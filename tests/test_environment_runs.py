@@ -1,7 +1,12 @@
 """Whole runs with an environment: what the policy said is learned from, what it was told is not."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +22,7 @@ from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import make_minibatch
 from fastgrpo.parcel import pack
 from fastgrpo.ranks import Ranks
-from fastgrpo.rollout import collect, draw_whole
+from fastgrpo.rollout import collect, draw_whole, replies_to, score
 from fastgrpo.trainer import compute_advantages
 
 ENVIRONMENTS = Path(__file__).with_name("example_environments.py")
@@ -134,6 +139,35 @@ def test_a_conversation_has_one_name_for_the_environment_and_the_reward(workplac
     going_on = {name for name in names if name != "check"}
     assert bool(going_on) == bool(more)
     assert all(name.startswith("train-") for name in going_on)
+
+
+def test_what_one_ranks_function_does_wrong_ends_all_ranks_with_its_line():
+    class Meeting(Ranks):
+        def gather(self, part):
+            barrier.wait(30)
+            parts[self.rank] = part
+            barrier.wait(30)
+            return list(parts)
+
+    def fails_on_rank_1(rank, *_):
+        if rank == 1:
+            raise UserError("environment.path=tools.py: no")
+        return SimpleNamespace(groups=[], metrics={})
+
+    def ask(rank):
+        asked = SimpleNamespace(replies=partial(fails_on_rank_1, rank), score=partial(fails_on_rank_1, rank))
+        ranks = Meeting(rank=rank, num_ranks=2, data_rank=rank, num_data_ranks=2)
+        run = SimpleNamespace(environment=asked, rewards=asked, decode=None, sampling_ranks=ranks, ledger=nullcontext)
+        lines = []
+        for exchange in (replies_to, score):
+            with pytest.raises(UserError) as raised:
+                exchange(run, [])
+            lines.append(str(raised.value))
+        return lines
+
+    barrier, parts = threading.Barrier(2), [None, None]
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(ask, range(2))) == [["environment.path=tools.py: no"] * 2] * 2
 
 
 def test_turns_and_the_limit_end_a_conversation(workplace, tiny_qwen2):
