@@ -130,6 +130,12 @@ class Rollout:
         """How often the policy spoke."""
         return 1 + sum(reply.end < len(self.token_ids) for reply in self.replies)
 
+    @property
+    def turn_ends(self) -> list[int]:
+        """The place of the last token of each of the policy's turns."""
+        answered = self.replies[: self.num_turns - 1]
+        return [*(reply.start - 1 for reply in answered), int(self.loss_mask.nonzero()[-1])]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutGroup:

@@ -54,6 +54,9 @@ def test_completions_are_conversations(workplace, tiny_qwen2, round_tokens):
             assert size == len(rollout.loss_mask) == len(rollout.sampler_logprobs) <= 24
             assert rollout.finish_reason == "stop" or size == 24
             messages = conversation(rollout, run.decode)
+            assert len(rollout.turn_ends) == sum(message["role"] == "assistant" for message in messages)
+            ends = rollout.loss_mask & ~torch.cat([rollout.loss_mask[1:], torch.tensor([False])])
+            assert rollout.turn_ends == ends.nonzero().flatten().tolist()
             for number, reply in enumerate(rollout.replies[:-1]):
                 turn, told = messages[2 * number], messages[2 * number + 1]
                 assert turn["role"] == "assistant"

@@ -124,6 +124,7 @@ def test_a_reply_is_read_but_not_learned_from():
     torch.testing.assert_close(said.sampler_logprobs, torch.tensor([-0.1, -0.2, 0, 0, -0.5, -0.6]))
     assert said.token_versions.tolist() == [0, 0, 0, 0, 3, 3]
     assert (said.num_turns, other.num_turns) == (2, 1)
+    assert (said.turn_ends, other.turn_ends) == ([1, 5], [2])
     assert (said.finish_reason, other.finish_reason) == ("stop", "stop")
 
 
@@ -145,7 +146,7 @@ def test_a_reply_without_room_cuts_the_completion():
     (cut,) = done.rollouts
     assert cut.token_ids.tolist() == [1, 2, 50, 51]
     assert cut.loss_mask.tolist() == [True, True, False, False]
-    assert (cut.finish_reason, cut.num_turns) == ("length", 1)
+    assert (cut.finish_reason, cut.num_turns, cut.turn_ends) == ("length", 1, [1])
 
 
 def test_conversations_survive_json():

@@ -16,7 +16,7 @@ class Sample:
     Example: Sample(prompt_id="train/17", prompt="2+3=", answer="5", metadata={}, completions=["5", "6"],
                     conversations=[[{"role": "assistant", "content": "5"}], [{"role": "assistant", "content": "6"}]],
                     conversation_ids=["train-1-0-3-0", "train-1-0-3-1"], token_ids=[[8, 2], [9, 2]],
-                    finish_reasons=["stop", "stop"])
+                    turn_ends=[[1], [1]], finish_reasons=["stop", "stop"])
     """
 
     prompt_id: str
@@ -29,6 +29,8 @@ class Sample:
     """Everything said after the prompt."""
     conversation_ids: list[str | None]
     token_ids: list[list[int]]
+    turn_ends: list[list[int]]
+    """Where in token_ids the policy's turns end."""
     finish_reasons: list[str]
 
 
@@ -43,13 +45,14 @@ def bind(function: RewardFunction, sample: Sample) -> list[dict[str, Any]]:
 
 def _own_arguments(function: RewardFunction, sample: Sample) -> list[dict[str, Any]]:
     """What differs between the calls."""
-    values = {
+    named = {
         "completion": sample.completions,
         "conversation": sample.conversations,
         "conversation_id": sample.conversation_ids,
         "finish_reason": sample.finish_reasons,
     }
+    lists = {"token_ids": sample.token_ids, "turn_ends": sample.turn_ends}
     if function.per_group:
-        return [{f"{name}s": of_all for name, of_all in values.items()} | {"token_ids": sample.token_ids}]
-    values["token_ids"] = sample.token_ids
+        return [{f"{name}s": values for name, values in named.items()} | lists]
+    values = named | lists
     return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]

@@ -11,12 +11,12 @@ from fastgrpo.functions.contract import Unusable, UserFunction, shown
 
 PER_COMPLETION = (
     *("completion", "prompt", "answer", "metadata"),
-    *("conversation", "conversation_id", "token_ids", "finish_reason"),
+    *("conversation", "conversation_id", "token_ids", "turn_ends", "finish_reason"),
 )
 """What a function that asks for `completion` can ask for."""
 PER_GROUP = (
     *("completions", "prompt", "answer", "metadata"),
-    *("conversations", "conversation_ids", "token_ids", "finish_reasons"),
+    *("conversations", "conversation_ids", "token_ids", "turn_ends", "finish_reasons"),
 )
 """What a function that asks for `completions` can ask for."""
 

@@ -106,6 +106,7 @@ class Rewards:
                     conversations=[[{"role": "assistant", "content": "0"}]] * group_size,
                     conversation_ids=[CHECK] * group_size,
                     token_ids=[[0]] * group_size,
+                    turn_ends=[[0]] * group_size,
                     finish_reasons=["stop"] * group_size,
                 )
             ]
@@ -210,6 +211,7 @@ def _sample(group: RolloutGroup, decode: Callable[[Tensor], str]) -> Sample:
         conversations=conversations,
         conversation_ids=[rollout.conversation_id for rollout in group.rollouts],
         token_ids=[rollout.token_ids.tolist() for rollout in group.rollouts],
+        turn_ends=[rollout.turn_ends for rollout in group.rollouts],
         finish_reasons=[rollout.finish_reason for rollout in group.rollouts],
     )
 

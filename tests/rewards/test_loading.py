@@ -61,7 +61,8 @@ class Judge:
 """
 NAMES = "score, neither, both, plural, singular, positional, nothing, Judge"
 SINGULAR = (
-    "`completion`, `prompt`, `answer`, `metadata`, `conversation`, `conversation_id`, `token_ids`, `finish_reason`"
+    "`completion`, `prompt`, `answer`, `metadata`, `conversation`, `conversation_id`, `token_ids`, `turn_ends`, "
+    "`finish_reason`"
 )
 
 

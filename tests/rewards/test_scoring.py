@@ -30,9 +30,20 @@ def test_everything_a_completion_function_is_given(group, decode):
     seen, named = [], []
 
     def reward(
-        completion, prompt, answer, metadata, conversation_id, token_ids, finish_reason, level, scale=1, **others
+        *,
+        completion,
+        prompt,
+        answer,
+        metadata,
+        conversation_id,
+        token_ids,
+        turn_ends,
+        finish_reason,
+        level,
+        scale=1,
+        **o,
     ):
-        seen.append((completion, prompt, answer, metadata, token_ids, finish_reason, level, scale, others))
+        seen.append((completion, prompt, answer, metadata, token_ids, turn_ends, finish_reason, level, scale, o))
         named.append(conversation_id)
         return 0
 
@@ -41,8 +52,8 @@ def test_everything_a_completion_function_is_given(group, decode):
     metadata = {"level": 3, "topic": "sums", "prompt": "a column"}
     rest = {"topic": "sums", "other": 4}
     assert seen == [
-        ("a", "2+3=", "5", metadata, [97], "stop", 3, 2, rest),
-        ("bc", "2+3=", "5", metadata, [98, 99], "length", 3, 2, rest),
+        ("a", "2+3=", "5", metadata, [97], [0], "stop", 3, 2, rest),
+        ("bc", "2+3=", "5", metadata, [98, 99], [1], "length", 3, 2, rest),
     ]
     assert named == ["train-1-0-0-0", "train-1-0-0-1"]
 
@@ -50,13 +61,13 @@ def test_everything_a_completion_function_is_given(group, decode):
 def test_everything_a_group_function_is_given(group, decode):
     seen = []
 
-    def reward(completions, prompt, answer, metadata, conversation_ids, token_ids, finish_reasons):
-        seen.append((completions, prompt, answer, metadata, token_ids, finish_reasons))
+    def reward(completions, prompt, answer, metadata, conversation_ids, token_ids, turn_ends, finish_reasons):
+        seen.append((completions, prompt, answer, metadata, token_ids, turn_ends, finish_reasons))
         assert conversation_ids == ["train-1-0-0-0", "train-1-0-0-1"]
         return [len(text) for text in completions]
 
     result = score([group(["a", "bc"], finish_reasons=["stop", "length"], level=3)], decode, reward)
-    assert seen == [(["a", "bc"], "2+3=", "5", {"level": 3}, [[97], [98, 99]], ["stop", "length"])]
+    assert seen == [(["a", "bc"], "2+3=", "5", {"level": 3}, [[97], [98, 99]], [[0], [1]], ["stop", "length"])]
     assert result.groups[0].rewards.tolist() == [1, 2]
 
 
@@ -202,8 +213,8 @@ def test_check_finds_a_parameter_that_nothing_fills(prompt):
             rewards.check(prompt(topic="sums"))
     assert str(error.value) == (
         "reward=bad asks for `level`, which is neither one of completion, prompt, answer, metadata, "
-        "conversation, conversation_id, token_ids, finish_reason nor a column of the data (topic); rename it, give it "
-        "a default or set reward.kwargs.level"
+        "conversation, conversation_id, token_ids, turn_ends, finish_reason nor a column of the data (topic); rename it, "
+        "give it a default or set reward.kwargs.level"
     )
 
 
