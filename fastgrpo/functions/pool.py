@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import popen_spawn_posix, spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, Protocol
@@ -116,6 +116,8 @@ def _outcomes(pool: ProcessPool, future: Future, num_calls: int) -> list[Outcome
             elif not pool.active:  # calls that it had not sent yet would never be answered
                 raise BrokenProcessPool from None
         except ProcessExpired as error:
+            with suppress(ProcessLookupError):  # it had started nothing
+                os.killpg(error.pid, signal.SIGKILL)
             return [Failure("error", f"the worker process died with exit code {error.exitcode}")] * num_calls
 
 

@@ -83,17 +83,20 @@ def test_calls_that_a_broken_pool_had_not_sent_are_made_by_the_next(group, decod
     assert {int(value) for scored in result.groups for value in scored.rewards.tolist()}.isdisjoint({0, pid})
 
 
-def test_a_worker_over_its_limit_takes_what_it_started_along(group, decode, reward_file, tmp_path):
+@pytest.mark.parametrize(("ending", "kind"), [("child.wait()", "timeout"), ("os._exit(3)", "error")])
+def test_a_worker_over_its_limit_or_dead_takes_what_it_started_along(
+    group, decode, reward_file, tmp_path, ending, kind
+):
     source = f"""
-import subprocess
+import os, subprocess
 def score(completion):
     child = subprocess.Popen(["sleep", "60"])
     open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
-    child.wait()
+    {ending}
 """
     config = RewardConfig(path=reward_file(source), num_workers=1, timeout_s=1.0, on_error="zero")
     with Rewards(config) as rewards:
-        assert rewards.score([group(["a"])], decode).metrics["reward/timeout_count"] == 1
+        assert rewards.score([group(["a"])], decode).metrics[f"reward/{kind}_count"] == 1
         assert wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
 
 
