@@ -7,6 +7,7 @@ torchrun's store, where all the others look for one.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from fastgrpo.network import torchrun_store
 from fastgrpo.nodes import JobError, first_of_node, has_store, whoami
 
 LINE = "failure"
+_blocks = itertools.count()  # a sweep goes on after a run that fails, and so each has a line of its own
 LOOK_EVERY_S = 1.0
 LINGER_S = 2.5
 """What a failed process stays for: torchrun's store may end with it, and in this time all look into it."""
@@ -39,13 +41,14 @@ def failing_together() -> Iterator[None]:
     if not has_store():
         yield
         return
-    lookout = Lookout()
+    key = f"{LINE}/{next(_blocks)}"
+    lookout = Lookout(key)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         failure = _explained(error, lookout)
         if not isinstance(failure, JobError) and not lookout.is_blind:
-            _leave(f"{whoami()}: {_in_one_line(failure)}")
+            _leave(key, f"{whoami()}: {_in_one_line(failure)}")
         if failure is error:
             raise
         raise failure from error
@@ -56,7 +59,8 @@ def failing_together() -> Iterator[None]:
 class Lookout:
     """A thread that looks for another process's line, and on one process of a node ends that with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: str) -> None:
+        self._key = key
         self.line: str | None = None
         self.is_blind = False
         """Whether torchrun's store has ended with its node, or cannot be reached, as network.join then says."""
@@ -77,8 +81,8 @@ class Lookout:
         try:
             store = torchrun_store()
             while not self._closed.wait(LOOK_EVERY_S):
-                if store.check([LINE]):
-                    self.line = store.get(LINE).decode()
+                if store.check([self._key]):
+                    self.line = store.get(self._key).decode()
                     self._found.set()
                     break
         except RuntimeError:
@@ -89,10 +93,10 @@ class Lookout:
         os._exit(2)  # the main thread may be waiting inside of NCCL; torchrun ends the node's other processes
 
 
-def _leave(line: str) -> None:
+def _leave(key: str, line: str) -> None:
     """Tell the other processes, unless one of them has failed before."""
     with suppress(RuntimeError):
-        torchrun_store(LINGER_S).compare_set(LINE, "", line)
+        torchrun_store(LINGER_S).compare_set(key, "", line)
         time.sleep(LINGER_S)
 
 

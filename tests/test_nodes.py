@@ -1,5 +1,6 @@
 """What a job of several nodes does beside one of several processes; tests/learner/megatron/test_nodes.py runs one."""
 
+import itertools
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ from fastgrpo.ranks import Ranks
 from fastgrpo.types import Prompt
 
 ON_NODE_1 = {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+FIRST = f"{lookout.LINE}/0"
 BROKEN = (
     "[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.7]:9. This is typical."
 )
@@ -71,6 +73,7 @@ def store(node_1, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     here = dist.HashStore()
     monkeypatch.setattr(lookout, "torchrun_store", lambda *_: here)
+    monkeypatch.setattr(lookout, "_blocks", itertools.count())
     for name, seconds in (("LOOK_EVERY_S", 0.01), ("LINGER_S", 0.1), ("PATIENCE_S", 30)):
         monkeypatch.setattr(lookout, name, seconds)
     return here
@@ -99,19 +102,30 @@ def test_a_process_that_fails_leaves_its_line(store, error, line):
     with pytest.raises(type(error)) as raised:
         fail(error)
     assert raised.value is error
-    assert store.get(lookout.LINE).decode() == line
+    assert store.get(FIRST).decode() == line
 
 
 def test_the_first_line_stands(store):
-    store.set(lookout.LINE, "rank 0 on worker-0: x=1")
+    store.set(FIRST, "rank 0 on worker-0: x=1")
     with pytest.raises(UserError, match="y=2"):
         fail(UserError("y=2"))
-    assert store.get(lookout.LINE) == b"rank 0 on worker-0: x=1"
+    assert store.get(FIRST) == b"rank 0 on worker-0: x=1"
+
+
+def test_a_sweeps_next_run_does_not_end_with_the_line_of_the_one_before(store, monkeypatch):
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(UserError, match="x=1"):
+        fail(UserError("x=1"))
+    monkeypatch.setattr(lookout, "PATIENCE_S", 0.0)
+    with failing_together():
+        time.sleep(0.2)
+    assert codes == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError(BROKEN), dist.DistBackendError("NCCL error"), UserError("disk full")])
 def test_in_place_of_a_broken_exchange_its_cause_is_told(store, error):
-    store.set(lookout.LINE, "rank 0 on worker-0: x=1")
+    store.set(FIRST, "rank 0 on worker-0: x=1")
     if isinstance(error, UserError):  # as of a checkpoint's writing, which catches what torch raises
         error.__cause__ = RuntimeError(BROKEN)
     with pytest.raises(JobError) as raised:
@@ -127,7 +141,7 @@ def test_where_nobody_tells_the_cause_the_line_says_what_to_do(store):
     with pytest.raises(UserError) as raised:
         fail(RuntimeError(BROKEN))
     assert str(raised.value) == line
-    assert store.get(lookout.LINE).decode() == f"rank 2 on worker-1: {line}"
+    assert store.get(FIRST).decode() == f"rank 2 on worker-1: {line}"
 
 
 def test_where_torchruns_store_has_ended_nobody_is_told(store, monkeypatch):
@@ -149,7 +163,7 @@ def test_a_waiting_process_is_ended_with_the_line_of_the_one_that_failed(store, 
     monkeypatch.setattr(lookout, "PATIENCE_S", 0.1)
     monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
     with failing_together():
-        store.set(lookout.LINE, "rank 0 on worker-0: x=1")
+        store.set(FIRST, "rank 0 on worker-0: x=1")
         assert ended.wait(30)
     assert (codes, capfd.readouterr().err) == ([2], "fastgrpo: rank 0 on worker-0: x=1\n")
 
@@ -159,7 +173,7 @@ def test_torchrun_ends_the_others_of_a_node(store, monkeypatch):
     monkeypatch.setattr(lookout, "PATIENCE_S", 0.0)
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    store.set(lookout.LINE, "rank 0 on worker-0: x=1")
+    store.set(FIRST, "rank 0 on worker-0: x=1")
     with pytest.raises(JobError, match="rank 0 on worker-0: x=1"):
         fail(RuntimeError(BROKEN), after=lambda: not lookouts())
     assert codes == []
@@ -169,7 +183,7 @@ def test_a_process_that_is_done_is_left_alone(store, monkeypatch):
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     with failing_together():
-        store.set(lookout.LINE, "rank 0 on worker-0: x=1")
+        store.set(FIRST, "rank 0 on worker-0: x=1")
         time.sleep(0.2)  # in which it is seen
     assert not lookouts()
     assert codes == []
