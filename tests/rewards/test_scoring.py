@@ -27,24 +27,10 @@ def test_default_reward(group, decode, num_workers):
 
 
 def test_everything_a_completion_function_is_given(group, decode):
-    seen, named = [], []
+    seen = []
 
-    def reward(
-        *,
-        completion,
-        prompt,
-        answer,
-        metadata,
-        conversation_id,
-        token_ids,
-        turn_ends,
-        finish_reason,
-        level,
-        scale=1,
-        **o,
-    ):
-        seen.append((completion, prompt, answer, metadata, token_ids, turn_ends, finish_reason, level, scale, o))
-        named.append(conversation_id)
+    def reward(completion, prompt, answer, metadata, token_ids, turn_ends, finish_reason, level, scale=1, **others):
+        seen.append((completion, prompt, answer, metadata, token_ids, turn_ends, finish_reason, level, scale, others))
         return 0
 
     one = group(["a", "bc"], finish_reasons=["stop", "length"], level=3, topic="sums", prompt="a column")
@@ -55,7 +41,13 @@ def test_everything_a_completion_function_is_given(group, decode):
         ("a", "2+3=", "5", metadata, [97], [0], "stop", 3, 2, rest),
         ("bc", "2+3=", "5", metadata, [98, 99], [1], "length", 3, 2, rest),
     ]
-    assert named == ["train-1-0-0-0", "train-1-0-0-1"]
+
+
+def test_conversations_have_names(group, decode):
+    def reward(completion, conversation_id):
+        return {"train-1-0-0-0": 3, "train-1-0-0-1": 4}[conversation_id]
+
+    assert score([group(["a", "b"])], decode, reward).groups[0].rewards.tolist() == [3, 4]
 
 
 def test_everything_a_group_function_is_given(group, decode):
@@ -213,8 +205,8 @@ def test_check_finds_a_parameter_that_nothing_fills(prompt):
             rewards.check(prompt(topic="sums"))
     assert str(error.value) == (
         "reward=bad asks for `level`, which is neither one of completion, prompt, answer, metadata, "
-        "conversation, conversation_id, token_ids, turn_ends, finish_reason nor a column of the data (topic); rename it, "
-        "give it a default or set reward.kwargs.level"
+        "conversation, conversation_id, token_ids, turn_ends, finish_reason nor a column of the data (topic); rename "
+        "it, give it a default or set reward.kwargs.level"
     )
 
 
