@@ -144,7 +144,7 @@ def assemble(
         answers = None
         if responds is not None:
             encode = ReplyEncoder(config.data, tokenizer, vocab_size=model_config.vocab_size)
-            answers = stack.enter_context(Environment(config.environment, responds, encode, decode))
+            answers = stack.enter_context(Environment(config.environment, responds, encode, tokenizer))
             answers.check(prompts.train[0])
         learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
@@ -160,6 +160,10 @@ def assemble(
         sampler, sampling_ranks = make_sampler(config, learner, model, adapters, prompts, plan, console.message)
         if sampler is not None:
             stack.push(partial(_close, sampler, ranks))
+        if not sampling_ranks.leads:  # nobody asks this rank's workers
+            rewards.close()
+            if answers is not None:
+                answers.close()
         exchange = make_exchange(config, learner, sampler, prompts, console.message)
         sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))

@@ -1,5 +1,6 @@
 """Whole runs with an environment: what the policy said is learned from, what it was told is not."""
 
+import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from fastgrpo.minibatch import make_minibatch
 from fastgrpo.parcel import pack
 from fastgrpo.ranks import Ranks
 from fastgrpo.rollout import collect, draw_whole, replies_to, score
+from fastgrpo.samplers import make_sampler
 from fastgrpo.trainer import compute_advantages
 
 ENVIRONMENTS = Path(__file__).with_name("example_environments.py")
@@ -111,6 +113,16 @@ def test_a_rounds_size_changes_no_conversation(workplace, tiny_qwen2):
             found.append([(r.token_ids.tolist(), r.loss_mask.tolist(), r.num_turns, r.finish_reason) for r in rollouts])
         assert found[0] == found[1] == found[2]
         assert len({turns for _, _, turns, _ in found[0]}) > 2
+
+
+def test_a_rank_that_nobody_asks_has_no_workers(workplace, tiny_qwen2, monkeypatch):
+    def make(*of):
+        return make_sampler(*of)[0], Ranks(leads=False)
+
+    monkeypatch.setattr("fastgrpo.assemble.make_sampler", make)
+    with assembled(*options_of(tiny_qwen2), "environment.num_workers=1", "reward.num_workers=1") as run:
+        assert run.rewards is None
+        assert multiprocessing.active_children() == []
 
 
 def test_ranks_tell_each_other_what_was_drawn_and_not_what_all_know(workplace, tiny_qwen2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,16 +44,17 @@ class Environment:
 
     Example:
         function = load_environment(config.environment)
-        with Environment(config.environment, function, encode, tokenizer.decode) as environment:
+        with Environment(config.environment, function, encode, tokenizer) as environment:
             environment.check(prompts.train[0])
             unfinished.reply(environment.replies(unfinished.turns()))
     """
 
-    def __init__(
-        self, config: EnvironmentConfig, function: UserFunction, encode: Encode, decode: Callable[[Tensor], str]
-    ) -> None:
-        """Raises UserError where the function cannot be sent to the workers."""
-        self._config, self._function, self._encode, self._decode = config, function, encode, decode
+    def __init__(self, config: EnvironmentConfig, function: UserFunction, encode: Encode, tokenizer: Any) -> None:
+        """tokenizer: anything with transformers' `decode`. Raises UserError where the function cannot be sent to the
+        workers."""
+        self._config, self._function, self._encode = config, function, encode
+        self._decode = partial(tokenizer.decode, skip_special_tokens=True)
+        self._decode_raw = partial(tokenizer.decode, skip_special_tokens=False)
         limit, by_path = config.timeout_s, [function.key == PATH_KEY]
         self._executor: Executor
         if config.num_workers == 0:
@@ -78,8 +80,7 @@ class Environment:
         Raises UserError where the function returns what is no reply, and under environment.on_error=fail where it
         raises or exceeds environment.timeout_s.
         """
-        said = [(prompt, conversation(rollout, self._decode), rollout.conversation_id) for prompt, rollout in turns]
-        outcomes = self._call(said)
+        outcomes = self._call([(prompt, self._said(rollout)) for prompt, rollout in turns])
         return [
             self._reply(prompt, len(rollout.token_ids), int(rollout.token_ids[-1]), outcome)
             for (prompt, rollout), outcome in zip(turns, outcomes, strict=True)
@@ -88,26 +89,30 @@ class Environment:
     def check(self, prompt: Prompt) -> None:
         """Answers a made-up turn, so that a broken function ends the run before it starts. Raises UserError as
         `replies` does."""
-        (outcome,) = self._call([(prompt, [{"role": "assistant", "content": "0"}], CHECK)])
+        made_up = [{"role": "assistant", "content": "0"}]
+        said = {"turn": "0", "raw_turn": "0", "conversation": made_up, "num_turns": 1, "conversation_id": CHECK}
+        (outcome,) = self._call([(prompt, said)])
         self._reply(prompt, 1, -1, outcome)
 
-    def _call(self, said: list[tuple[Prompt, list[Message], str | None]]) -> list[Any]:
-        calls = [
-            arguments_of(
-                self._function,
-                {
-                    "turn": last_turn(messages),
-                    "conversation": messages,
-                    "num_turns": sum(message["role"] == "assistant" for message in messages),
-                    "conversation_id": conversation_id,
-                    "prompt": prompt.text,
-                    "answer": prompt.answer,
-                    "metadata": dict(prompt.metadata),
-                },
-                prompt.metadata,
-            )
-            for prompt, messages, conversation_id in said
-        ]
+    def _said(self, rollout: Rollout) -> dict[str, Any]:
+        """What the function can ask for of a conversation."""
+        messages = conversation(rollout, self._decode)
+        said = {
+            "turn": last_turn(messages),
+            "conversation": messages,
+            "num_turns": rollout.num_turns,
+            "conversation_id": rollout.conversation_id,
+        }
+        if "raw_turn" in self._function.parameters:  # hardly ever
+            start = rollout.replies[-1].end if rollout.replies else 0
+            said["raw_turn"] = self._decode_raw(rollout.token_ids[start:])
+        return said
+
+    def _call(self, turns: list[tuple[Prompt, dict[str, Any]]]) -> list[Any]:
+        calls = []
+        for prompt, said in turns:
+            row = {"prompt": prompt.text, "answer": prompt.answer, "metadata": dict(prompt.metadata)}
+            calls.append(arguments_of(self._function, said | row, prompt.metadata))
         # Async calls all run at once, each worker's share in its event loop; others one by one.
         share = -(-len(calls) // max(1, self._config.num_workers)) if self._function.is_async else 1
         tickets = [self._executor.submit(0, calls[i : i + share]) for i in range(0, len(calls), max(1, share))]

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastgrpo.functions.contract import Unusable, shown
 
-OFFERED = ("turn", "conversation", "num_turns", "conversation_id", "prompt", "answer", "metadata")
+OFFERED = ("turn", "raw_turn", "conversation", "num_turns", "conversation_id", "prompt", "answer", "metadata")
 """What the function can ask for."""
 
 

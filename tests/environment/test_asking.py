@@ -16,8 +16,11 @@ def encode(messages, last_token, place):
     return torch.tensor([ord(c) for m in messages for c in f"{m['role'][0]}:{m['content']}"])
 
 
-def decode(token_ids):
-    return "".join(chr(i) for i in token_ids.tolist() if i != END)
+class Characters:
+    """A tokenizer whose END is a special token."""
+
+    def decode(self, token_ids, skip_special_tokens):
+        return "".join(chr(i) if i != END else "<end>" * (not skip_special_tokens) for i in token_ids.tolist())
 
 
 def said(text, *replies, prompt_id="train/3", **metadata):
@@ -39,7 +42,7 @@ def said(text, *replies, prompt_id="train/3", **metadata):
 
 
 def opened(config, function=None):
-    return Environment(config, load_environment(config, function), encode, decode)
+    return Environment(config, load_environment(config, function), encode, Characters())
 
 
 def ask(function, *turns, **settings):
@@ -67,6 +70,17 @@ def test_the_function_gets_what_it_asks_for():
     assert reply.messages[0]["content"] == "no"
 
 
+def test_a_raw_turn_has_its_special_tokens():
+    seen = []
+
+    def respond(turn, raw_turn):
+        seen.append((turn, raw_turn))
+
+    reply = Reply(start=2, token_ids=torch.tensor([99, 99]), messages=({"role": "tool", "content": "no"},))
+    ask(respond, said("a\0??b\0c", reply), said("d"))
+    assert seen == [("bc", "b<end>c<end>"), ("d", "d<end>")]
+
+
 TOOL = {"role": "tool", "content": "42"}
 
 
@@ -84,7 +98,7 @@ TOOL = {"role": "tool", "content": "42"}
 def test_what_a_function_may_return(result, messages, num_workers):
     (reply,) = ask(lambda turn: result, said("ab"), num_workers=num_workers)
     assert (reply.start, reply.messages, reply.failure) == (3, messages, None)
-    assert decode(reply.token_ids) == "".join(f"{m['role'][0]}:{m['content']}" for m in messages)
+    assert Characters().decode(reply.token_ids, True) == "".join(f"{m['role'][0]}:{m['content']}" for m in messages)
 
 
 def test_a_text_need_not_cross_processes_as_what_it_was():
