@@ -120,7 +120,7 @@ from fastgrpo.types import Prompt, Rollout, RolloutGroup
 
 def score(completion):
     if completion == "a":
-        print("worker", os.getpid(), flush=True)
+        os.write(1, b"worker %d\\n" % os.getpid())  # in one piece, beside the other's
         {body}
     return 1
 
@@ -141,8 +141,10 @@ def start_script(tmp_path, body):
 
 
 def pids_of_two_workers(process):
-    assert process.stdout.readline() == "started\n"
-    return [int(process.stdout.readline().split()[1]) for _ in range(2)]
+    said = [process.stdout.readline() for _ in range(3)]
+    assert said[0] == "started\n"
+    assert all(line.startswith("worker ") for line in said[1:]), (said, process.communicate(timeout=60))
+    return [int(line.split()[1]) for line in said[1:]]
 
 
 def test_a_script_without_a_main_guard_ends_by_itself_and_leaves_nothing(tmp_path):
