@@ -396,7 +396,7 @@ class SamplerConfig:
     proof: str = "sampled"
     """sampled | full: whether the checksums of weights that were copied read a part, another one each step, or all."""
     canary_tolerance: float | None = None
-    """How far the canary's logprobs may be apart when weights are shared; null: 1e-4 in float32, 0.1 in bfloat16."""
+    """How far the canary's logprobs may be apart when weights are shared; null: 2e-5 in float32, 0.1 in bfloat16."""
 
 
 @dataclass(kw_only=True)

@@ -46,9 +46,10 @@ class Ranks:
         """Every data rank's items, so that each gets about the same cost; in their order."""
         loads = [0.0] * self.num_data_ranks
         dealt: list[list[int]] = [[] for _ in loads]
-        for index, item in sorted(enumerate(items), key=lambda entry: -cost(entry[1])):
+        costs = [cost(item) for item in items]
+        for index in sorted(range(len(items)), key=lambda index: -costs[index]):
             lightest = loads.index(min(loads))
-            loads[lightest] += cost(item)
+            loads[lightest] += costs[index]
             dealt[lightest].append(index)
         return [[items[index] for index in sorted(share)] for share in dealt]
 

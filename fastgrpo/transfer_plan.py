@@ -5,7 +5,7 @@ Both sides describe what they hold as slices of checkpoint tensors, and every ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,7 +195,7 @@ def _cover(target: RemoteSlice, sources: Sequence[RemoteSlice], sent: dict[int, 
         yield piece
 
 
-def _fill_buckets(pieces: Iterable[Piece], limit: int) -> list[tuple[Piece, ...]]:
+def _fill_buckets(pieces: Sequence[Piece], limit: int) -> list[tuple[Piece, ...]]:
     """Each piece in the first bucket where neither its sender nor its receiver gets over the limit (or one row, if that
     is more). So all ranks send and receive at once, where a bucket of consecutive pieces would be one receiver's."""
     buckets: list[list[Piece]] = []

@@ -307,7 +307,7 @@ def test_peak_memory_is_an_eighth_of_the_naive_path():
         return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
     ours, naive = growth("ours"), growth("naive")
-    assert naive > 1.9 * 8192 * 32768 * 4 / 1024  # KiB: it does hold the logits twice, but for pages used before
+    assert naive > 2 * 8192 * 32768 * 4 / 1024  # KiB: it does hold the logits, more than once
     assert ours * 8 <= naive, f"{ours / 1024:.0f} MiB against {naive / 1024:.0f} MiB"
 
 
