@@ -51,7 +51,7 @@ class _Call:
 def _run(
     hidden: Tensor, weight: Tensor, call: _Call, need_hidden: bool, need_weight: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-    """((loss, sums (R,) in RECORDS' order, logprobs (T,), entropy (T,)), (dHidden, dWeight))."""
+    """((loss, sums (R,) of the records, logprobs (T,), entropy (T,)), (dHidden, dWeight))."""
     batch, objective, shard = call.batch, call.objective, call.shard
     head = LinearHead(
         hidden,
@@ -166,11 +166,11 @@ def linear_policy_loss(
     tile_dtype = chunks.tile_dtype(logits_dtype, hidden.dtype, triton)
     if grad_weight_buffer is not None:
         _check_buffer(grad_weight_buffer, weight)
-    with_entropy = entropy or objective.entropy_coef != 0
+    with_entropy = entropy or objective.needs_entropy
     recording = torch.is_grad_enabled()
     need_hidden, need_weight = recording and hidden.requires_grad, recording and weight.requires_grad
-    whole = objective.ratio_level == "sequence"
-    rows = chunks.chunk_rows(chunk_size, weight, tile_dtype, gradient=need_hidden or need_weight, strips=not whole)
+    strips = not objective.relates_tokens
+    rows = chunks.chunk_rows(chunk_size, weight, tile_dtype, gradient=need_hidden or need_weight, strips=strips)
     call = _Call(
         batch=batch,
         objective=objective,
@@ -189,7 +189,7 @@ def linear_policy_loss(
         loss=loss,
         logprobs=logprobs,
         entropy=row_entropy if with_entropy else None,
-        metrics=metrics_from(sums, entropy=with_entropy, reference=batch.ref_logprobs is not None),
+        metrics=metrics_from(sums, objective, entropy=with_entropy, reference=batch.ref_logprobs is not None),
     )
 
 

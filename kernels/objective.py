@@ -1,13 +1,15 @@
 """What the loss head is asked to compute, what it is given, and what it returns.
 
-Every path (reference, torch, Triton, tensor-parallel) takes these three dataclasses and computes every objective.
+Every path (reference, torch, Triton, tensor-parallel) takes these dataclasses and computes every objective.
 
-Letters: T scored tokens, S sequences, H hidden size, V vocabulary (or its local shard).
+Letters: T scored tokens, n of them at a time, S sequences, H hidden size, V vocabulary (or its local shard).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +20,74 @@ RATIO_LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 # |log-ratio| is clamped before exp so that one drifted token cannot overflow the loss: e^20 = 4.9e8.
 MAX_LOG_RATIO = 20.0
+
+
+class Sequences:
+    """Which tokens belong together, for what relates the tokens of a sequence.
+
+    ids: (n,) int64 in [0, num_sequences), each token's sequence; not every one need own a token.
+    """
+
+    def __init__(self, ids: Tensor, num_sequences: int) -> None:
+        self.ids, self.num_sequences = ids, num_sequences
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(n,) int64: how many tokens each token's sequence has."""
+        return self.sum(torch.ones_like(self.ids))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over each token's sequence, given back to each of its tokens; values and result (n,)."""
+        return values.new_zeros(self.num_sequences).index_add(0, self.ids, values)[self.ids]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over each token's sequence, given back to each of its tokens; values and result (n,)."""
+        return self.sum(values) / self.lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateInputs:
+    """What a surrogate of one's own is computed from, (n,) float32 each unless said; logprobs and ratio carry the
+    gradient. What it does not ask for may be None."""
+
+    logprobs: Tensor
+    """The policy's."""
+    ratio: Tensor
+    """exp(lp - old) of the token, or of its sequence, as Objective.ratio_level says; clamped as there."""
+    advantages: Tensor
+    old_logprobs: Tensor
+    """On-policy the policy's own, without gradient."""
+    ref_logprobs: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    """Of the next-token distribution at each token, without gradient."""
+    sequences: Sequences | None = None
+
+
+SurrogateValues = tuple[Tensor, dict[str, Tensor]]
+"""The surrogate of each token (n,), and named (n,) values whose means over the tokens are to be reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomSurrogate:
+    """A surrogate of one's own, which autograd differentiates by logprobs and ratio.
+
+    Its value is multiplied by w_t and c_t like any other. A token's value may depend on that token alone, or, with
+    `sequences` in `asks`, on the tokens of its sequence: more are not there together, wherever chunks end.
+
+    Example: CustomSurrogate(name="reinforce", function=lambda x: (-x.advantages * x.logprobs, {}))
+    """
+
+    name: str
+    function: Callable[[SurrogateInputs], SurrogateValues]
+    asks: frozenset[str] = frozenset()
+    """Which of SurrogateInputs' fields that may be None it reads."""
+    metrics: tuple[str, ...] = ()
+    """The names it reports, in the order of their records."""
+
+    @property
+    def record_names(self) -> tuple[str, ...]:
+        return tuple(f"surrogate/{name}" for name in self.metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +103,9 @@ class Objective:
     Raises ValueError, naming the field, on a value outside its range.
     """
 
-    surrogate: str = "clip"
+    surrogate: str | CustomSurrogate = "clip"
     """clip: -min(rho*A, clip(rho, 1-low, 1+high)*A).  cispo: -sg(clip(rho, 1-low, 1+high))*A*lp.
-    sapo: -(4/tau)*sigmoid(tau*(rho-1))*A.  reinforce: -A*lp."""
+    sapo: -(4/tau)*sigmoid(tau*(rho-1))*A.  reinforce: -A*lp.  Or one's own."""
     ratio_level: str = "token"
     """token, or sequence: rho becomes exp(mean of lp - old over the sequence's tokens with w != 0) (GSPO)."""
     clip_ratio_low: float = 0.2
@@ -60,7 +130,8 @@ class Objective:
             if not ok:
                 raise ValueError(f"Objective.{name}={getattr(self, name)!r}: {mend}")
 
-        require(self.surrogate in SURROGATES, "surrogate", f"choose one of {', '.join(SURROGATES)}")
+        known = isinstance(self.surrogate, CustomSurrogate) or self.surrogate in SURROGATES
+        require(known, "surrogate", f"choose one of {', '.join(SURROGATES)}, or give a CustomSurrogate")
         require(self.ratio_level in RATIO_LEVELS, "ratio_level", f"choose one of {', '.join(RATIO_LEVELS)}")
         require(self.kl_estimator in KL_ESTIMATORS, "kl_estimator", f"choose one of {', '.join(KL_ESTIMATORS)}")
         require(0.0 <= self.clip_ratio_low <= 1.0, "clip_ratio_low", "use a value in [0, 1]")
@@ -73,6 +144,28 @@ class Objective:
         require(self.sapo_tau_neg > 0.0, "sapo_tau_neg", "use a value > 0")
         require(self.kl_coef >= 0.0, "kl_coef", "use a value >= 0")
         require(self.temperature > 0.0, "temperature", "use a value > 0")
+
+    @property
+    def custom(self) -> CustomSurrogate | None:
+        """The caller's own surrogate, or None."""
+        return self.surrogate if isinstance(self.surrogate, CustomSurrogate) else None
+
+    def asks(self, name: str) -> bool:
+        """Whether a surrogate of one's own reads this field of SurrogateInputs."""
+        return self.custom is not None and name in self.custom.asks
+
+    @property
+    def relates_tokens(self) -> bool:
+        """Whether a token's gradient depends on others of its sequence, which must then be there together."""
+        return self.ratio_level == "sequence" or self.asks("sequences")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0 or self.asks("ref_logprobs")
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.entropy_coef != 0 or self.asks("entropy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +188,15 @@ class LossInputs:
     old_logprobs: Tensor | None = None
     """float32; None on-policy: the detached current logprobs stand in, so rho = 1 with its gradient."""
     ref_logprobs: Tensor | None = None
-    """float32; needed when kl_coef > 0."""
+    """float32; needed when kl_coef > 0 or a CustomSurrogate asks."""
+    sampler_logprobs: Tensor | None = None
+    """float32; for a CustomSurrogate that asks."""
     importance_weights: Tensor | None = None
     """float32; c_t, no gradient; None means 1."""
     cu_seqlens: Tensor | None = None
-    """(S+1,) int32 or int64, from 0 to T; where each sequence's tokens start; needed when ratio_level ==
-    "sequence". Leave it on the CPU beside CUDA tensors: chunks are planned from it without waiting for the device."""
+    """(S+1,) int32 or int64, from 0 to T; where each sequence's tokens start; needed where the objective relates a
+    sequence's tokens. Leave it on the CPU beside CUDA tensors: chunks are planned from it without waiting for the
+    device."""
 
     def __post_init__(self) -> None:
         num_tokens = self.targets.shape[0] if self.targets.ndim == 1 else None
@@ -117,8 +213,13 @@ class LossInputs:
         """Raise ValueError, naming the field, if the objective needs data that is not here."""
         if objective.kl_coef > 0 and self.ref_logprobs is None:
             raise ValueError("LossInputs.ref_logprobs is None: kl_coef > 0 needs the reference's logprobs")
-        if objective.ratio_level == "sequence" and self.cu_seqlens is None:
-            raise ValueError("LossInputs.cu_seqlens is None: ratio_level=sequence needs the sequences' bounds")
+        if objective.relates_tokens and self.cu_seqlens is None:
+            which = "ratio_level=sequence" if objective.custom is None else f"the surrogate {objective.custom.name}"
+            raise ValueError(f"LossInputs.cu_seqlens is None: {which} needs the sequences' bounds")
+        for name in ("ref_logprobs", "sampler_logprobs"):
+            if objective.asks(name) and getattr(self, name) is None:
+                assert objective.custom is not None
+                raise ValueError(f"LossInputs.{name} is None: the surrogate {objective.custom.name} asks for it")
 
     def tokens_from(self, start: int, stop: int) -> LossInputs:
         """The tokens [start, stop); sequences outside stay as empty ones."""

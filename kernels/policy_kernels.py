@@ -14,7 +14,8 @@ from fastgrpo.kernels.launch import unspecialized
 from fastgrpo.kernels.objective_math import clamped_exp, kl_estimate, surrogate
 from fastgrpo.kernels.row_math import LOG2E, combine_ranks, row_statistics, write_row_gradient, write_zeros
 
-_PER_TOKEN = ("TARGETS", "WEIGHTS", "ADVANTAGES", "OLD", "REF", "IMPORTANCE", "RECORDS", "SHARED_RATIO", "SHARED_GRAD")
+_SHARED = ("SHARED_RATIO", "SHARED_GRAD", "SHARED_VALUE")
+_PER_TOKEN = ("TARGETS", "WEIGHTS", "ADVANTAGES", "OLD", "REF", "IMPORTANCE", "RECORDS", *_SHARED)
 
 
 @triton.jit(
@@ -38,6 +39,7 @@ def policy_kernel(
     IMPORTANCE,
     SHARED_RATIO,
     SHARED_GRAD,
+    SHARED_VALUE,
     RECORDS,
     first_token,
     unit_token,
@@ -110,6 +112,8 @@ def policy_kernel(
         value, by_ratio, direct, below, above, dual = surrogate(
             ratio, log_p, advantage, clip_low, clip_high, dual_clip, tau_pos, tau_neg, SURROGATE, DUAL_CLIP
         )
+        if SHARED_VALUE is not None:  # of a surrogate that is not ours; a NaN stays visible
+            value = tl.where(log_p == log_p, tl.load(SHARED_VALUE + token), log_p)
         importance = weight
         if IMPORTANCE is not None:
             importance *= tl.load(IMPORTANCE + token).to(tl.float32)

@@ -100,7 +100,7 @@ def policy_loss(
     if not (triton and logits.device.type == "cuda"):
         check_targets(batch.targets, batch.token_weights != 0, logits.shape[1])
     gradient = torch.is_grad_enabled() and logits.requires_grad
-    with_entropy = entropy or objective.entropy_coef != 0
+    with_entropy = entropy or objective.needs_entropy
     with on_device(logits):
         loss, sums, logprobs, row_entropy = _PolicyLoss.apply(
             logits, batch, objective, with_entropy, in_place, gradient, triton
@@ -109,5 +109,5 @@ def policy_loss(
         loss=loss,
         logprobs=logprobs,
         entropy=row_entropy if with_entropy else None,
-        metrics=metrics_from(sums, entropy=with_entropy, reference=batch.ref_logprobs is not None),
+        metrics=metrics_from(sums, objective, entropy=with_entropy, reference=batch.ref_logprobs is not None),
     )

@@ -24,7 +24,7 @@ class PolicyRows(Protocol):
     """What a backend does with a tile (n, V) of logits whose rows are the tokens of `span`."""
 
     records: Tensor
-    """(R, T) in RECORDS' order, filled as units are processed."""
+    """(R, T) in the order of `record_names`, filled as units are processed."""
 
     def one_pass(self, tile: Tensor, span: Span, gradient: bool) -> Tensor | None:
         """Records and gradient at once, where rows need nothing but themselves; None: take the steps below."""
@@ -65,7 +65,7 @@ def walk(
     batch = batch.tokens_at(head.kept)
     rows = _rows(head, batch, objective, shard, entropy=entropy, finite=finite)
     bounds = None
-    if objective.ratio_level == "sequence":
+    if objective.relates_tokens:
         assert batch.cu_seqlens is not None
         bounds = batch.cu_seqlens.tolist()
     for unit in plan_units(head.num_rows, head.chunk_size, bounds):

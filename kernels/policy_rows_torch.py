@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgrpo.kernels import torch_rows
 from fastgrpo.kernels.chunks import Span
 from fastgrpo.kernels.objective import LossInputs, Objective
-from fastgrpo.kernels.token_terms import RECORDS, token_terms
+from fastgrpo.kernels.token_terms import record_names, token_terms
 from fastgrpo.kernels.vocab_parallel import VocabShard
 
 
@@ -31,7 +31,7 @@ class TorchPolicyRows:
         self.batch, self.objective, self.rank, self.entropy = batch, objective, shard.rank, entropy
         self.columns = torch_rows.local_columns(batch.targets, shard)
         self.rows = torch_rows.TorchRows(tile.shape[0], shard.num_valid, tile, entropy=entropy, finite=finite)
-        self.records = tile.new_empty(len(RECORDS), batch.targets.shape[0])
+        self.records = tile.new_empty(len(record_names(objective)), batch.targets.shape[0])
         self._unit = (0, 0)
 
     def one_pass(self, tile: Tensor, span: Span, gradient: bool) -> None:

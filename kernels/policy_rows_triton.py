@@ -1,7 +1,8 @@
 """The policy loss on tiles of logits, in Triton: one program a row, loss and dlogits in one launch.
 
 Where the ratio is a sequence's, or other ranks hold part of the vocabulary, the row's statistics come from a launch of
-their own, and sequence_kernel turns them into each sequence's ratio and shared gradient in between.
+their own, and sequence_kernel turns them into each sequence's ratio and shared gradient in between. A surrogate of the
+caller's own takes its place with torch's operations on vectors of the tile's rows.
 
 Letters: T scored tokens, n rows of a tile, S sequences, V vocabulary (shard), R ranks.
 """
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.kernels import torch_rows
 from fastgrpo.kernels.chunks import Span
+from fastgrpo.kernels.custom_terms import custom_terms
 from fastgrpo.kernels.launch import row_shape
 from fastgrpo.kernels.logprob_kernels import launch_statistics
 from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.kernels.policy_kernels import policy_kernel, sequence_kernel, sum_kernel
-from fastgrpo.kernels.token_terms import RECORDS
+from fastgrpo.kernels.token_terms import RECORDS, record_names
 from fastgrpo.kernels.vocab_parallel import VocabShard
 
 
@@ -47,19 +50,21 @@ class TritonPolicyRows:
             "IMPORTANCE": batch.importance_weights,
         }
         self.per_token = {name: None if x is None else x.contiguous() for name, x in per_token.items()}
-        self.records = batch.token_weights.new_empty(len(RECORDS), num_tokens, dtype=torch.float32)
+        self.batch = batch
+        self.records = batch.token_weights.new_empty(len(record_names(objective)), num_tokens, dtype=torch.float32)
         self.by_sequence = objective.ratio_level == "sequence"
-        self.shared: dict[str, Tensor | None] = {"SHARED_RATIO": None, "SHARED_GRAD": None}
+        self.shared: dict[str, Tensor | None] = {"SHARED_RATIO": None, "SHARED_GRAD": None, "SHARED_VALUE": None}
+        if self.by_sequence or objective.custom is not None:
+            names = list(self.shared)[: 2 if objective.custom is None else 3]
+            self.shared |= dict(zip(names, self.records.new_empty(len(names), num_tokens), strict=True))
         if self.by_sequence:
             assert batch.cu_seqlens is not None
             self.cu_seqlens = batch.cu_seqlens.to(batch.targets.device, non_blocking=True)
-            pair = torch.empty_like(self.records[:2])
-            self.shared = {"SHARED_RATIO": pair[0], "SHARED_GRAD": pair[1]}
         self._gathered: Tensor | None = None
         self._unit: Span = (0, 0)
 
     def one_pass(self, tile: Tensor, span: Span, gradient: bool) -> Tensor | None:
-        if self.by_sequence or self.shard.num_ranks > 1:
+        if self.by_sequence or self.objective.custom is not None or self.shard.num_ranks > 1:
             return None
         return self._launch(tile, span, self.gradient_tile(tile, span) if gradient else None)
 
@@ -73,19 +78,36 @@ class TritonPolicyRows:
 
     def combine(self, gathered: Tensor, span: Span) -> None:
         self._gathered, self._unit = gathered, span
-        if self.by_sequence:
+        if self.objective.custom is not None:
+            self._combine_custom(gathered, span)
+        elif self.by_sequence:
             sequence_kernel[(self.cu_seqlens.shape[0] - 1,)](
                 gathered,
                 gathered.shape[0],
                 gathered.stride(0),
                 self.cu_seqlens,
                 *(self.per_token[name] for name in ("WEIGHTS", "ADVANTAGES", "OLD", "IMPORTANCE")),
-                *self.shared.values(),
+                self.shared["SHARED_RATIO"],
+                self.shared["SHARED_GRAD"],
                 *span,
                 **self._surrogate_arguments(),
                 BLOCK=1024,
                 num_warps=4,
             )
+
+    def _combine_custom(self, gathered: Tensor, span: Span) -> None:
+        batch = self.batch.tokens_from(*span)
+        _, _, (log_p, entropy) = torch_rows.combine(gathered, 1.0 / self.objective.temperature)
+        scale = (
+            batch.token_weights if batch.importance_weights is None else batch.token_weights * batch.importance_weights
+        )
+        terms = custom_terms(log_p, entropy, batch, self.objective, scale)
+        for name, values in zip(self.shared, (terms.ratio, terms.grad_logprob, terms.value), strict=True):
+            shared = self.shared[name]
+            assert shared is not None
+            shared[slice(*span)] = values
+        for record, values in zip(self.records[len(RECORDS) :], terms.metrics, strict=True):
+            record[slice(*span)] = values
 
     def gradient(self, tile: Tensor, span: Span) -> Tensor:
         return self._launch(tile, span, self.gradient_tile(tile, span))
@@ -138,6 +160,6 @@ class TritonPolicyRows:
             "dual_clip": float(objective.dual_clip or 0.0),  # an integer would be compiled in
             "tau_pos": float(objective.sapo_tau_pos),
             "tau_neg": float(objective.sapo_tau_neg),
-            "SURROGATE": objective.surrogate,
+            "SURROGATE": "custom" if objective.custom is not None else objective.surrogate,
             "DUAL_CLIP": objective.dual_clip is not None,
         }

@@ -12,8 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo.kernels.objective import MAX_LOG_RATIO, LossInputs, LossOutput, Objective
+from fastgrpo.kernels.objective import (
+    MAX_LOG_RATIO,
+    CustomSurrogate,
+    LossInputs,
+    LossOutput,
+    Objective,
+    Sequences,
+    SurrogateInputs,
+)
 
+CLIP_COUNTS = ("clip_low_count", "clip_high_count", "dual_clip_count")
 IGNORE_INDEX = -100
 """A target that asks for nothing: logprob, entropy and gradient are 0."""
 
@@ -152,7 +161,10 @@ def token_loss(
     if objective.ratio_level == "sequence":
         assert batch.cu_seqlens is not None
         ratio = _sequence_ratio(log_p - old, scored, batch.cu_seqlens)
-    loss, clip_counts = _surrogate(ratio, log_p, advantages, objective)
+    if objective.custom is None:
+        loss, counts = _surrogate(ratio, log_p, advantages, objective)
+    else:
+        loss, counts = _custom(objective.custom, ratio, log_p, entropy.detach(), batch)
     if batch.importance_weights is not None:
         loss = loss * clean(batch.importance_weights)
     if objective.kl_coef > 0:
@@ -166,7 +178,7 @@ def token_loss(
         "logprob_sum": log_p,
         "entropy_sum": entropy,
         "ratio_sum": ratio * scored,
-        **{name: count & scored for name, count in clip_counts.items()},
+        **{name: torch.where(scored, count, 0) for name, count in counts.items()},
         "old_kl_sum": _kl(log_p, old, "k3") * scored,
     }
     if batch.ref_logprobs is not None:
@@ -210,7 +222,7 @@ def _surrogate(
     """The per-token surrogate loss (T,), and which tokens were clipped on which side."""
     low, high = 1.0 - objective.clip_ratio_low, 1.0 + objective.clip_ratio_high
     none = torch.zeros_like(ratio, dtype=torch.bool)
-    counts = {"clip_low_count": none, "clip_high_count": none, "dual_clip_count": none}
+    counts = dict.fromkeys(CLIP_COUNTS, none)
     clipped = ratio.clamp(low, high)
     if objective.surrogate == "clip":
         loss = -torch.minimum(ratio * advantages, clipped * advantages)
@@ -228,6 +240,38 @@ def _surrogate(
     else:
         loss = -advantages * log_p
     return loss, counts
+
+
+def _custom(
+    custom: CustomSurrogate, ratio: Tensor, log_p: Tensor, entropy: Tensor, batch: LossInputs
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The caller's own surrogate of the scored tokens, given nothing of the others; 0 for those."""
+    kept = (batch.token_weights != 0).nonzero()[:, 0]
+    part = batch.tokens_at(kept)
+
+    def wide(field: Tensor | None) -> Tensor | None:
+        return None if field is None else field.to(log_p.dtype)
+
+    def spread(values: Tensor) -> Tensor:
+        return torch.zeros_like(log_p).index_copy(0, kept, values.to(log_p.dtype))
+
+    sequences = None
+    if part.cu_seqlens is not None:
+        sequences = Sequences(sequence_of_token(part.cu_seqlens.to(kept), len(kept)), part.cu_seqlens.shape[0] - 1)
+    logprobs = log_p[kept]
+    inputs = SurrogateInputs(
+        logprobs=logprobs,
+        ratio=ratio[kept],
+        advantages=part.advantages.to(log_p.dtype),
+        old_logprobs=logprobs.detach() if part.old_logprobs is None else part.old_logprobs.to(log_p.dtype),
+        ref_logprobs=wide(part.ref_logprobs),
+        sampler_logprobs=wide(part.sampler_logprobs),
+        entropy=entropy[kept],
+        sequences=sequences,
+    )
+    value, metrics = custom.function(inputs)
+    counts = dict.fromkeys(CLIP_COUNTS, torch.zeros_like(log_p))
+    return spread(value), counts | {f"surrogate/{name}": spread(metrics[name]) for name in custom.metrics}
 
 
 def _sequence_ratio(log_ratio: Tensor, scored: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ and a row's logits z then receive, with p = softmax(z / temperature) and y the t
 g_t depends on row t alone and on values known beforehand, unless the ratio is a sequence's:
 there s = exp(mean over its n scored tokens of lp - old), so that every scored token of the sequence receives
     g_t = (s / n) * sum over the sequence of w * c * d surrogate / d s.
+A surrogate of one's own is differentiated by autograd (custom_terms.py).
 
 reference.token_loss states the same by plain formulas and lets autograd differentiate; tests compare the two.
 """
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgrpo.kernels.custom_terms import custom_terms, sequences_of
 from fastgrpo.kernels.objective import MAX_LOG_RATIO, LossInputs, Objective
-from fastgrpo.kernels.reference import sequence_of_token
 
 # What is recorded of every token, in the order of the rows of `records` (R, T). One sum over T yields the loss
 # and all metrics; kernels/policy_kernels.py writes the same rows from Triton.
@@ -40,7 +41,7 @@ LOGPROB_ROW, ENTROPY_ROW = RECORDS.index("logprob_sum"), RECORDS.index("entropy_
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """records (R, T) in RECORDS' order, and the row coefficients g and h (T,)."""
+    """records (R, T) in the order of `record_names`, and the row coefficients g and h (T,)."""
 
     records: Tensor
     grad_logprob: Tensor
@@ -53,23 +54,23 @@ def token_terms(log_p: Tensor, entropy: Tensor | None, batch: LossInputs, object
     advantages, weights = batch.advantages.to(dtype), batch.token_weights.to(dtype)
     old = log_p if batch.old_logprobs is None else batch.old_logprobs.to(dtype)
     log_ratio = torch.zeros_like(log_p) if batch.old_logprobs is None else log_p - old
-    clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    token_ratio = clamped.exp()
-    token_slope = torch.where(clamped == log_ratio, token_ratio, 0.0)  # d rho / d lp: 0 once the clamp holds
+    token_ratio, token_slope = clamped_exp(log_ratio)
 
-    ratio = token_ratio
-    if objective.ratio_level == "sequence":
-        assert batch.cu_seqlens is not None
-        sequences = _Sequences(batch.cu_seqlens, log_p)
-        ratio, ratio_slope = sequences.ratio(log_ratio)
-
-    value, by_ratio, direct, clip_counts = _surrogate(ratio, log_p, advantages, objective)
     scale = weights if batch.importance_weights is None else weights * batch.importance_weights.to(dtype)
-    loss = scale * value
-    if objective.ratio_level == "token":
-        grad = scale * (by_ratio * token_slope + direct)
+    reported: tuple[Tensor, ...] = ()
+    if objective.custom is not None:
+        custom = custom_terms(log_p, entropy, batch, objective, scale)
+        ratio, loss, grad, reported = custom.ratio, scale * custom.value, custom.grad_logprob, custom.metrics
+        clip_counts = (torch.zeros_like(log_p),) * 3
+    elif objective.ratio_level == "sequence":
+        sequences = sequences_of(batch)
+        ratio, ratio_slope = clamped_exp(sequences.mean(log_ratio))
+        value, by_ratio, direct, clip_counts = _surrogate(ratio, log_p, advantages, objective)
+        loss, grad = scale * value, sequences.mean(scale * by_ratio * ratio_slope) + scale * direct
     else:
-        grad = sequences.share(scale * by_ratio * ratio_slope) + scale * direct
+        ratio = token_ratio
+        value, by_ratio, direct, clip_counts = _surrogate(ratio, log_p, advantages, objective)
+        loss, grad = scale * value, scale * (by_ratio * token_slope + direct)
 
     kl_sum = torch.zeros_like(log_p)
     if batch.ref_logprobs is not None:
@@ -87,11 +88,16 @@ def token_terms(log_p: Tensor, entropy: Tensor | None, batch: LossInputs, object
     if objective.entropy_coef:
         loss = loss + grad_entropy * entropy
     old_kl, _ = _kl(log_p, old, "k3")
-    rows = [loss, log_p, entropy, ratio, *clip_counts, old_kl, kl_sum, torch.ones_like(log_p)]
+    rows = [loss, log_p, entropy, ratio, *clip_counts, old_kl, kl_sum, torch.ones_like(log_p), *reported]
     return TokenTerms(torch.stack([row.to(dtype) for row in rows]), grad, grad_entropy)
 
 
-def metrics_from(sums: Tensor, *, entropy: bool, reference: bool) -> dict[str, Tensor]:
+def record_names(objective: Objective) -> tuple[str, ...]:
+    """What is recorded of every token: RECORDS, then what a surrogate of one's own reports."""
+    return RECORDS if objective.custom is None else RECORDS + objective.custom.record_names
+
+
+def metrics_from(sums: Tensor, objective: Objective, *, entropy: bool, reference: bool) -> dict[str, Tensor]:
     """LossOutput.metrics from the sums (R,) of the records over the tokens."""
     absent = {"loss"}
     if not entropy:
@@ -99,7 +105,14 @@ def metrics_from(sums: Tensor, *, entropy: bool, reference: bool) -> dict[str, T
     if not reference:
         absent.add("kl_sum")
     narrow = sums.float()
-    return {name: narrow[row] for row, name in enumerate(RECORDS) if name not in absent}
+    return {name: narrow[row] for row, name in enumerate(record_names(objective)) if name not in absent}
+
+
+def clamped_exp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(clamp(x, +-20)) and its slope, which is 0 once the clamp holds."""
+    clamped = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    value = clamped.exp()
+    return value, torch.where(clamped == x, value, 0.0)
 
 
 def _surrogate(
@@ -136,25 +149,3 @@ def _kl(log_p: Tensor, other: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     drift = (-difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     growth = torch.expm1(drift)
     return growth - drift, -growth
-
-
-class _Sequences:
-    """Means and sums over the sequences that cu_seqlens bounds, given back to each of their tokens."""
-
-    def __init__(self, cu_seqlens: Tensor, like: Tensor) -> None:
-        self.token_sequence = sequence_of_token(cu_seqlens.to(like.device), like.shape[0])  # (T,)
-        self.num_tokens = like.new_zeros(cu_seqlens.shape[0] - 1).index_add_(
-            0, self.token_sequence, torch.ones_like(like)
-        )
-
-    def share(self, per_token: Tensor) -> Tensor:
-        """The mean over each token's sequence, (T,)."""
-        total = per_token.new_zeros(self.num_tokens.shape[0]).index_add_(0, self.token_sequence, per_token)
-        return (total / self.num_tokens.clamp(min=1.0))[self.token_sequence]
-
-    def ratio(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """s = exp(clamp(mean log-ratio)) and ds / d mean, both (T,)."""
-        mean = self.share(log_ratio)
-        clamped = mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio = clamped.exp()
-        return ratio, torch.where(clamped == mean, ratio, 0.0)

@@ -14,6 +14,7 @@ def loss_inputs(batch: PackedBatch) -> LossInputs:
         token_weights=batch.token_weights,
         old_logprobs=batch.old_logprobs,
         ref_logprobs=batch.ref_logprobs,
+        sampler_logprobs=batch.sampler_logprobs,
         importance_weights=batch.importance_weights,
         cu_seqlens=batch.cu_scored,
     )

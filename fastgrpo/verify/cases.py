@@ -9,10 +9,30 @@ import torch
 from torch import Tensor
 
 from fastgrpo.kernels import reference
-from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.objective import CustomSurrogate, LossInputs, Objective, SurrogateInputs, SurrogateValues
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
 MASKS = ("none", "scattered", "one_sequence", "everything")
+
+
+def _by_token(x: SurrogateInputs) -> SurrogateValues:
+    """A soft clip, where policy and sampler agree; more from undecided tokens."""
+    assert x.sampler_logprobs is not None
+    assert x.entropy is not None
+    assert x.ref_logprobs is not None
+    agree = ((x.logprobs - x.sampler_logprobs).abs() < 0.4).to(x.logprobs)
+    gain = x.advantages * (1.0 + 0.1 * x.entropy) - 0.1 * (x.logprobs.detach() - x.ref_logprobs)
+    return -torch.tanh(x.ratio - 1.0) * gain * agree, {"agree": agree}
+
+
+def _by_sequence(x: SurrogateInputs) -> SurrogateValues:
+    """The geometric mean of a sequence's clipped ratios (GMPO, arXiv 2507.20673), more for short ones."""
+    assert x.sequences is not None
+    log_ratio = x.logprobs - x.old_logprobs
+    mean = x.sequences.mean(log_ratio.clamp(-0.4, 0.4))
+    return -x.advantages * mean.exp() / x.sequences.lengths.sqrt(), {"clipped": log_ratio.abs() > 0.4}
+
+
 _SHAPED: dict[str, Any] = {"kl_coef": 0.05, "entropy_coef": 0.01, "temperature": 0.9}
 OBJECTIVES: dict[str, Objective] = {
     "clip": Objective(),
@@ -30,6 +50,22 @@ OBJECTIVES: dict[str, Objective] = {
     "clip, k1 x ratio": Objective(kl_coef=0.1, kl_estimator="k1", kl_times_ratio=True),
     "clip, k2 x ratio": Objective(kl_coef=0.1, kl_estimator="k2", kl_times_ratio=True),
     "clip, k3 x ratio": Objective(kl_coef=0.1, kl_times_ratio=True, entropy_coef=-0.01),
+    "one's own": Objective(
+        surrogate=CustomSurrogate(
+            name="soft",
+            function=_by_token,
+            asks=frozenset({"sampler_logprobs", "ref_logprobs", "entropy"}),
+            metrics=("agree",),
+        ),
+        **_SHAPED,
+    ),
+    "one's own, sequence": Objective(
+        surrogate=CustomSurrogate(
+            name="geometric", function=_by_sequence, asks=frozenset({"sequences"}), metrics=("clipped",)
+        ),
+        ratio_level="sequence",
+        **_SHAPED,
+    ),
 }
 
 
@@ -75,6 +111,7 @@ def make_case(
         token_weights=_weights(aggregation, scored, cu).to(device),
         old_logprobs=None if on_policy else torch.where(scored, log_p + 0.3 * normal(num_tokens), nan).to(device),
         ref_logprobs=torch.where(scored, log_p + 0.3 * normal(num_tokens), nan).to(device),
+        sampler_logprobs=torch.where(scored, log_p + 0.3 * normal(num_tokens), nan).to(device),
         importance_weights=torch.where(scored, 0.5 + torch.rand(num_tokens, generator=rng), nan).to(device),
         cu_seqlens=cu,
     )

@@ -106,6 +106,7 @@ def oracle_inputs(case: Case) -> Case:
             token_weights=batch.token_weights.cpu().double(),
             old_logprobs=wide(batch.old_logprobs),
             ref_logprobs=wide(batch.ref_logprobs),
+            sampler_logprobs=wide(batch.sampler_logprobs),
             importance_weights=wide(batch.importance_weights),
         ),
     )

@@ -20,7 +20,7 @@ from fastgrpo.kernels.group_advantages import group_advantages
 from fastgrpo.kernels.launch import row_shape
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
-from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.objective import CustomSurrogate, LossInputs, Objective
 from fastgrpo.kernels.policy_loss import policy_loss
 
 CHECK = "check_row_targets"
@@ -34,6 +34,11 @@ KERNELS = {
 OBJECTIVES = {
     "token": Objective(kl_coef=0.1, entropy_coef=0.01),
     "sequence": Objective(ratio_level="sequence"),
+    "one's own": Objective(
+        surrogate=CustomSurrogate(
+            name="mine", function=lambda x: (x.sequences.mean(x.ratio), {}), asks=frozenset({"sequences"})
+        )
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -41,7 +41,9 @@ def test_every_objective_in_float64(name, chunk):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["clip higher", "cispo", "sapo, sequence", "clip, sequence (GSPO)"])
+@pytest.mark.parametrize(
+    "name", ["clip higher", "cispo", "sapo, sequence", "clip, sequence (GSPO)", "one's own", "one's own, sequence"]
+)
 def test_dtypes_in_chunks(name, backend, dtype):
     """Chunks of 5: the token objectives in pieces, sequences of 8 and 6 tokens with their logits computed twice."""
     objective = cases.OBJECTIVES[name]
@@ -153,7 +155,7 @@ def test_vocabulary_padding_takes_no_part(backend):
     assert got_grads[1][613:].abs().max() == 0.0
 
 
-@pytest.mark.parametrize("name", ["dual clip", "clip, sequence (GSPO)"])
+@pytest.mark.parametrize("name", ["dual clip", "clip, sequence (GSPO)", "one's own", "one's own, sequence"])
 def test_chunks_masked_tokens_and_packing_change_nothing(name):
     """The same sequences in another order, with masked tokens between them, in chunks of any size."""
     objective = cases.OBJECTIVES[name]
@@ -163,12 +165,9 @@ def test_chunks_masked_tokens_and_packing_change_nothing(name):
     order = torch.cat([torch.arange(12, 24), torch.arange(3, 12), torch.arange(0, 3)])
     gap = torch.tensor([0] * 2)  # two masked tokens behind the first sequence
     index = torch.cat([order[:12], gap, order[12:]])
-    fields = {
-        n: getattr(case.batch, n)[index]
-        for n in ("targets", "advantages", "token_weights", "old_logprobs", "ref_logprobs", "importance_weights")
-    }
-    fields["token_weights"][12:14] = 0.0
-    packed = LossInputs(**fields, cu_seqlens=torch.tensor([0, 14, 23, 26]))
+    values = {n: getattr(case.batch, n)[index] for n in (f.name for f in fields(LossInputs) if f.name != "cu_seqlens")}
+    values["token_weights"][12:14] = 0.0
+    packed = LossInputs(**values, cu_seqlens=torch.tensor([0, 14, 23, 26]))
     hidden = case.hidden.detach()[index]
     hidden[12:14] = torch.nan
     for chunk in (1, 5, 14, None):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgrpo.kernels import reference
-from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.objective import CustomSurrogate, LossInputs, Objective
 from fastgrpo.kernels.policy_kernels import sum_kernel
 from fastgrpo.kernels.policy_loss import policy_loss
 from fastgrpo.verify import cases, oracle
@@ -215,8 +215,9 @@ def test_in_place_overwrites_the_logits_with_the_same_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_metrics_and_masked_zeros(backend):
-    objective = cases.OBJECTIVES["dual clip"]
+@pytest.mark.parametrize("name", ["dual clip", "one's own, sequence"])
+def test_metrics_and_masked_zeros(name, backend):
+    objective = cases.OBJECTIVES[name]
     case = small_case(objective, torch.float32)
     logits = cases.logits_of(case)
     got = policy_loss(logits, case.batch, objective, backend=backend)
@@ -256,6 +257,17 @@ def test_refusals():
         policy_loss(logits, batch, Objective(kl_coef=0.1))
     with pytest.raises(ValueError, match="cu_seqlens is None"):
         policy_loss(logits, batch, Objective(ratio_level="sequence"))
+    for asked, message in (
+        ("ref_logprobs", "ref_logprobs is None: the surrogate mine"),
+        ("sequences", "surrogate mine"),
+    ):
+        surrogate = CustomSurrogate(name="mine", function=lambda x: (x.ratio, {}), asks=frozenset({asked}))
+        with pytest.raises(ValueError, match=message):
+            policy_loss(logits, batch, Objective(surrogate=surrogate))
+    for value, message in ((torch.ones(2), r"its value is \(2,\)"), (1.0, "its value is float; return")):
+        surrogate = CustomSurrogate(name="mine", function=lambda x, value=value: (value, {}))
+        with pytest.raises(ValueError, match=message):
+            policy_loss(logits, batch, Objective(surrogate=surrogate))
     with pytest.raises(ValueError, match=r"targets\[0\]=4 is outside"):
         policy_loss(logits, rows_of_logits(logits, targets=torch.tensor([4])), Objective())
     with pytest.raises(ValueError, match="must be"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastgrpo.kernels import reference
-from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.objective import CustomSurrogate, LossInputs, Objective
 
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
 
@@ -233,3 +233,26 @@ def test_gradcheck(objective):
         cu_seqlens=torch.tensor([0, 3, 6]),
     )
     assert torch.autograd.gradcheck(lambda x: reference.policy_loss(x, batch, objective).loss, logits)
+
+
+def test_a_surrogate_of_ones_own():
+    """Literal: two sequences of 2 and 1 tokens, value -A * mean over the sequence of rho, w = 1/4, 1/4, 1/2."""
+    batch = LossInputs(
+        targets=torch.zeros(3, dtype=torch.int64),
+        advantages=torch.tensor([1.0, 1.0, -2.0]),
+        token_weights=torch.tensor([0.25, 0.25, 0.5]),
+        old_logprobs=torch.tensor([-1.0, -2.0, -3.0]),
+        cu_seqlens=torch.tensor([0, 2, 3]),
+    )
+
+    def mean_ratio(x):
+        assert x.sequences.lengths.tolist() == [2, 2, 1]
+        assert x.sequences.sum(x.advantages).tolist() == [2.0, 2.0, -2.0]
+        return -x.advantages * x.sequences.mean(x.ratio), {"above": x.ratio > 1.5}
+
+    surrogate = CustomSurrogate(name="mean", function=mean_ratio, asks=frozenset({"sequences"}), metrics=("above",))
+    log_p = [-1.0 + math.log(2.0), -2.0, -3.0 + math.log(3.0)]
+    loss, grad, metrics = loss_of(log_p, batch, Objective(surrogate=surrogate))
+    assert loss == pytest.approx(-0.5 * 1.5 + 0.5 * 2 * 3)
+    assert grad == pytest.approx([-0.5, -0.25, 3.0])  # each of two tokens: 2 * 1/4 * rho / 2
+    assert (metrics["surrogate/above"], metrics["ratio_sum"]) == (2.0, pytest.approx(6.0))

@@ -69,8 +69,8 @@ def _case(objective, dtype):
     ("world", "dtype", "backend", "names"),
     [
         (2, torch.float64, "torch", ["clip higher", "clip, sequence (GSPO)", "cispo, sequence"]),
-        (4, torch.float64, "torch", ["dual clip", "sapo, sequence"]),
-        (2, torch.float32, "triton", ["clip higher", "clip, sequence (GSPO)"]),
+        (4, torch.float64, "torch", ["dual clip", "sapo, sequence", "one's own"]),
+        (2, torch.float32, "triton", ["clip higher", "clip, sequence (GSPO)", "one's own, sequence"]),
         (4, torch.float32, "triton", ["dual clip"]),
         (2, torch.float16, "triton", ["clip higher", "clip, sequence (GSPO)"]),
     ],
