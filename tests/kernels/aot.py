@@ -37,7 +37,7 @@ from fastgrpo.kernels import (
 )
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
-from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.objective import CustomSurrogate, LossInputs, Objective
 from fastgrpo.kernels.policy_loss import policy_loss
 
 TABLE = Path(__file__).with_name("aot_resources.json")
@@ -120,6 +120,7 @@ def merge_of(head_size: int) -> None:
     merge_attention.merge_in_place(out, lse, part, part_lse, backend="triton")
 
 
+OWN = CustomSurrogate(name="mine", function=lambda x: (x.ratio, {}))
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "policy_loss bf16, clip on-policy": lambda: from_logits(torch.bfloat16, Objective(), rich=False),
     "policy_loss bf16, dual clip + k3 + entropy": lambda: from_logits(torch.bfloat16, Objective(dual_clip=3.0, **RICH)),
@@ -129,6 +130,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "policy_loss fp32, cispo": lambda: from_logits(torch.float32, Objective(surrogate="cispo")),
     "linear_policy_loss bf16, clip + k3 + entropy": lambda: from_hidden(Objective(**RICH)),
     "linear_policy_loss bf16, GSPO": lambda: from_hidden(Objective(ratio_level="sequence", **RICH)),
+    "linear_policy_loss bf16, one's own": lambda: from_hidden(Objective(surrogate=OWN, **RICH)),
     "logprobs bf16 with entropy": lambda: logprobs_of(torch.bfloat16),
     "logprobs fp32 with entropy": lambda: logprobs_of(torch.float32),
     "logprobs bf16 alone": lambda: logprobs_of(torch.bfloat16, entropy=False),
