@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastgrpo.algorithms.advantages import comparison
+from fastgrpo.algorithms.custom_advantage import CustomAdvantage
 from fastgrpo.algorithms.objective import objective_of
 from fastgrpo.batch_algebra import batch_algebra
 from fastgrpo.checkpoint import Checkpoints
@@ -40,7 +42,13 @@ from fastgrpo.unfinished import Unfinished
 
 
 def check_contract(contract: LogprobContract, objective: Objective) -> None:
-    """Raise UserError where the sampler's logprobs are of another temperature than the learner's."""
+    """Raise UserError where the sampler's logprobs are not what the objective compares with the learner's."""
+    if objective.asks("sampler_logprobs") and contract.renormalized:
+        assert objective.custom is not None
+        raise UserError(
+            f"algorithm.surrogate={objective.custom.name} asks for `sampler_logprobs`, which top_p, top_k or "
+            "min_new_tokens renormalise; use sampling.top_p=1, sampling.top_k=0 and sampling.min_new_tokens=0"
+        )
     if contract.temperature != objective.temperature:
         raise UserError(
             f"sampling.temperature={objective.temperature}: the sampler's logprobs are of temperature "
@@ -127,6 +135,7 @@ def assemble(
     """
     run_dir = Path(config.run.dir).expanduser()
     objective = objective_of(config.algorithm, temperature=config.sampling.temperature)
+    compare = comparison(config.algorithm)
     set_up_torch(config)
     with ExitStack() as stack:
         ledger = Ledger(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
@@ -140,6 +149,8 @@ def assemble(
         tokenizer, prompts = load_data(config)
         model_config = check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=only_evaluates)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
+        if isinstance(compare, CustomAdvantage):
+            compare.check(prompts.train[0], rewards.names, config.algorithm.group_size)
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         answers = None
         if responds is not None:
@@ -182,6 +193,7 @@ def assemble(
             config=config,
             run_dir=run_dir,
             objective=objective,
+            compare=compare,
             sampling=sampling,
             contract=contract,
             stream=stream,

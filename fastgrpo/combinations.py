@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.functions.inline import is_path
 
 
 def refuse(key: str, value: Any, mend: str) -> None:
@@ -50,7 +51,7 @@ def _comparison(config: Config) -> None:
     algorithm = config.algorithm
     if config.sampling.temperature == 0:
         refuse("sampling.temperature", 0, "greedy completions are all equal; use a value above 0 (eval may be greedy)")
-    if algorithm.group_size == 1 and algorithm.advantage != "process":
+    if algorithm.group_size == 1 and algorithm.advantage != "process" and not is_path(algorithm.advantage):
         refuse(
             "algorithm.group_size",
             1,
@@ -58,7 +59,10 @@ def _comparison(config: Config) -> None:
         )
     if algorithm.advantage in ("std", "process") and algorithm.std_ddof >= algorithm.group_size:
         refuse("algorithm.std_ddof", algorithm.std_ddof, f"use less than algorithm.group_size={algorithm.group_size}")
-    if algorithm.kl_coef == 0 and algorithm.reference.schedule != "fixed":
+    for setting, kwargs in ((algorithm.surrogate, "surrogate_kwargs"), (algorithm.advantage, "advantage_kwargs")):
+        if getattr(algorithm, kwargs) and not is_path(setting):
+            refuse(f"algorithm.{kwargs}", getattr(algorithm, kwargs), f"{setting} takes none; name your own function")
+    if algorithm.kl_coef == 0 and algorithm.reference.schedule != "fixed" and not is_path(algorithm.surrogate):
         refuse(
             "algorithm.reference.schedule",
             algorithm.reference.schedule,

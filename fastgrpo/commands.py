@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrpo.config import Config, UserError
+from fastgrpo.config import AlgorithmConfig, Config, UserError
 from fastgrpo.functions.loading import name_of
 from fastgrpo.nodes import num_nodes
 from fastgrpo.validate import validate
@@ -107,7 +107,7 @@ def _evaluate(config: Config) -> dict[str, float]:
         config,
         resume="no",
         run=replace(config.run, console="none"),
-        algorithm=replace(config.algorithm, kl_coef=0.0),  # no reference model
+        algorithm=AlgorithmConfig(kl_coef=0.0),  # no reference model, and no functions of the objective
         learner=replace(config.learner, offload=offload),
     )
     ranks = join_job()

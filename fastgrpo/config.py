@@ -202,7 +202,9 @@ class AlgorithmConfig:
     advantage: str = "std"
     """std: (r - mean) / std over the group (GRPO).  mean: r - mean (Dr.GRPO).  batch_std: (r - mean) / std over all of
     the step's rewards (Lite PPO).  leave_one_out: r - mean of the others (RLOO).  process: step rewards, normalised
-    over the group and summed from each token on."""
+    over the group and summed from each token on.  Or a function of your own, FILE.py:FUNCTION (docs/objective.md)."""
+    advantage_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Fixed keyword arguments for an advantage function of your own."""
     std_ddof: int = 1
     """1 is the field's habit; 0 divides by G."""
     min_std: float = 0.0
@@ -211,7 +213,9 @@ class AlgorithmConfig:
     """sequence_mean 1/(S*|o_i|) (GRPO) | token_mean 1/sum of tokens (DAPO) |
     constant 1/(S*max_new_tokens) (Dr.GRPO)."""
     surrogate: str = "clip"
-    """clip | cispo | sapo | reinforce."""
+    """clip | cispo | sapo | reinforce, or a function of your own, FILE.py:FUNCTION (docs/objective.md)."""
+    surrogate_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Fixed keyword arguments for a surrogate of your own."""
     ratio_level: str = "token"
     """token | sequence (GSPO)."""
     clip_ratio_low: float = 0.2

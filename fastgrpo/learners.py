@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.agreement import check_model, check_prompts
+from fastgrpo.algorithms.objective import needs_reference
 from fastgrpo.config import Config, UserError
 from fastgrpo.data import PromptSets
 from fastgrpo.learner.protocol import Learner
@@ -83,7 +84,7 @@ def _torch_learner(
     adapters = lora.add_adapters(model, config.model.lora, seed=config.seed) if config.model.lora.enabled else None
     if adapters is not None and config.sampler.merge_adapters:
         adapters.keep_merged()
-    reference = hf.prepare(copy.deepcopy(model)) if _needs_reference(config) and adapters is None else None
+    reference = hf.prepare(copy.deepcopy(model)) if needs_reference(config.algorithm) and adapters is None else None
     if config.learner.activation_checkpoint == "full":
         model.gradient_checkpointing_enable()
     learner = TorchLearner(
@@ -119,7 +120,7 @@ def _megatron_learner(
         _layout(config),
         config.train,
         num_updates=config.train.num_updates,
-        reference=_needs_reference(config),
+        reference=needs_reference(config.algorithm),
         adapters=adapters,
         merge_adapters=config.sampler.merge_adapters or config.sampler.kind == "torch",
         dtype=dtype,
@@ -132,7 +133,3 @@ def _megatron_learner(
     if config.sampler.kind == "torch" and megatron.ranks.leads:
         return megatron, hf.load_model(path, device=device, dtype=dtype), adapters
     return megatron, hf.load_skeleton(path, dtype=dtype), adapters
-
-
-def _needs_reference(config: Config) -> bool:
-    return config.algorithm.kl_coef > 0

@@ -26,7 +26,10 @@ HYDRA_OPTIONS = (  # noqa: SIM905
 ).split()
 
 
-OPEN_MAPPINGS = ("reward.extra", "reward.kwargs", "environment.kwargs", "data.chat_template_kwargs")
+OPEN_MAPPINGS = (
+    *("reward.extra", "reward.kwargs", "environment.kwargs", "data.chat_template_kwargs"),
+    *("algorithm.surrogate_kwargs", "algorithm.advantage_kwargs", "surrogate_kwargs"),
+)
 
 
 def main() -> None:

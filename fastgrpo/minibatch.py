@@ -70,7 +70,7 @@ def add_logprobs(run: Run, batches: list[PackedBatch]) -> list[PackedBatch]:
         batches = [replace(batch, old_logprobs=old) for batch, old in zip(batches, found, strict=True)]
     if corrects:
         batches = [add_importance(run, batch) if batch.num_scored else batch for batch in batches]
-    if run.objective.kl_coef > 0:
+    if run.objective.needs_reference:
         found = learner.logprobs_of(batches, temperature=temperature, reference=True)
         batches = [replace(batch, ref_logprobs=reference) for batch, reference in zip(batches, found, strict=True)]
     return batches

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastgrpo.algorithms.objective import needs_reference
 from fastgrpo.config import Config, UserError
 from fastgrpo.kernels.chunks import GPU_TILE_FRACTION
 from fastgrpo.models import lora
@@ -113,7 +114,7 @@ def make_plan(
         device_bytes=device_bytes,
         on_gpu=on_gpu,
         weights=num_parameters * size + (trained * size_trained if adapted else 0),
-        reference=num_parameters * size if config.algorithm.kl_coef > 0 and not adapted else 0,
+        reference=num_parameters * size if needs_reference(config.algorithm) and not adapted else 0,
         sampler_weights=_num_unshared(config, shape, merged) * size,
         gradients=trained * 4,
         optimizer=_num_stepped(config, trained - experts, experts, num_ranks) * (8 + (4 if size_trained < 4 else 0)),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastgrpo.algorithms.advantages import Compare
 from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config
 from fastgrpo.console import Console
@@ -32,6 +33,8 @@ class Run:
     config: Config
     run_dir: Path
     objective: Objective
+    compare: Compare
+    """From rewards to advantages."""
     sampling: SamplingParams
     contract: LogprobContract
     """What the sampler's logprobs mean, checked against the objective."""

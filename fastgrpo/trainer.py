@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastgrpo import stats
-from fastgrpo.algorithms.advantages import compare, soften_overlong
+from fastgrpo.algorithms.advantages import soften_overlong
 from fastgrpo.algorithms.reference import policy_share
 from fastgrpo.config import UserError
 from fastgrpo.evaluate import evaluate_if_due, samples_of
@@ -61,7 +61,7 @@ def compute_advantages(run: Run, groups: list[ScoredGroup]) -> list[ScoredGroup]
             "penalty": config.overlong_penalty,
         }
         groups = [replace(g, rewards=soften_overlong(g.rewards, g.group, **shape)) for g in groups]
-    return compare(groups, config)
+    return run.compare(groups)
 
 
 def update_policy(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastgrpo.combinations import check_combinations, refuse
 from fastgrpo.config import Config
+from fastgrpo.functions.inline import is_path
 from fastgrpo.help import all_keys
 from fastgrpo.trackers import check_trackers
 
@@ -32,9 +33,18 @@ def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
         refuse(key, value, f"choose one of {', '.join(choices)}")
 
 
+ADVANTAGES = ("std", "mean", "batch_std", "leave_one_out", "process")
+
+
+def _one_of_or_path(key: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices and not is_path(value):
+        refuse(key, value, f"choose one of {', '.join(choices)}, or name a function of your own: FILE.py:FUNCTION")
+
+
 def _choices(config: Config) -> None:
     algorithm = config.algorithm
-    _one_of("algorithm.advantage", algorithm.advantage, ("std", "mean", "batch_std", "leave_one_out", "process"))
+    _one_of_or_path("algorithm.advantage", algorithm.advantage, ADVANTAGES)
+    _one_of_or_path("algorithm.surrogate", algorithm.surrogate, ("clip", "cispo", "sapo", "reinforce"))
     _one_of("algorithm.aggregation", algorithm.aggregation, ("sequence_mean", "token_mean", "constant"))
     _one_of("algorithm.importance_level", algorithm.importance_level, ("none", "token", "sequence"))
     _one_of("algorithm.importance_mode", algorithm.importance_mode, ("truncate", "mask"))

@@ -248,7 +248,8 @@ class LossOutput:
     metrics are detached float32 scalars, unweighted sums and counts over the tokens with w != 0, so that
     micro-batches and ranks can be added: num_tokens, logprob_sum, entropy_sum (where the entropy is computed),
     ratio_sum (the ratio of ratio_level), clip_low_count, clip_high_count, dual_clip_count, kl_sum (k3 against
-    ref, present when ref_logprobs is given), old_kl_sum (k3 against old).
+    ref, present when ref_logprobs is given), old_kl_sum (k3 against old). A surrogate of one's own has no clip counts,
+    and a sum surrogate/NAME of each value that it reports.
     """
 
     loss: Tensor

@@ -22,7 +22,6 @@ from fastgrpo.kernels.objective import (
     SurrogateInputs,
 )
 
-CLIP_COUNTS = ("clip_low_count", "clip_high_count", "dual_clip_count")
 IGNORE_INDEX = -100
 """A target that asks for nothing: logprob, entropy and gradient are 0."""
 
@@ -222,7 +221,7 @@ def _surrogate(
     """The per-token surrogate loss (T,), and which tokens were clipped on which side."""
     low, high = 1.0 - objective.clip_ratio_low, 1.0 + objective.clip_ratio_high
     none = torch.zeros_like(ratio, dtype=torch.bool)
-    counts = dict.fromkeys(CLIP_COUNTS, none)
+    counts = {"clip_low_count": none, "clip_high_count": none, "dual_clip_count": none}
     clipped = ratio.clamp(low, high)
     if objective.surrogate == "clip":
         loss = -torch.minimum(ratio * advantages, clipped * advantages)
@@ -270,8 +269,7 @@ def _custom(
         sequences=sequences,
     )
     value, metrics = custom.function(inputs)
-    counts = dict.fromkeys(CLIP_COUNTS, torch.zeros_like(log_p))
-    return spread(value), counts | {f"surrogate/{name}": spread(metrics[name]) for name in custom.metrics}
+    return spread(value), {f"surrogate/{name}": spread(metrics[name]) for name in custom.metrics}
 
 
 def _sequence_ratio(log_ratio: Tensor, scored: Tensor, cu_seqlens: Tensor) -> Tensor:

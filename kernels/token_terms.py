@@ -104,6 +104,8 @@ def metrics_from(sums: Tensor, objective: Objective, *, entropy: bool, reference
         absent.add("entropy_sum")
     if not reference:
         absent.add("kl_sum")
+    if objective.custom is not None:  # which of its tokens are clipped is for it to say
+        absent |= {"clip_low_count", "clip_high_count", "dual_clip_count"}
     narrow = sums.float()
     return {name: narrow[row] for row, name in enumerate(record_names(objective)) if name not in absent}
 

@@ -13,7 +13,7 @@ OPEN = {"types", "config", "conversation", "seeding", "ranks", "parcel"}
 MAY_IMPORT = {
     "kernels": set(),
     "models": {"kernels"},
-    "algorithms": {"kernels"},
+    "algorithms": {"kernels", "functions"},
     "data": set(),
     "functions": set(),
     "rewards": {"functions"},

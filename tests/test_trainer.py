@@ -26,6 +26,7 @@ from fastgrpo.samplers import make_sampler
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import compute_advantages, train
 
+OBJECTIVES = Path(__file__).with_name("example_objectives.py")
 PARTS = ("generate", "environment", "reward", "logprobs", "update", "share", "checkpoint", "eval", "other")
 
 
@@ -77,6 +78,30 @@ def test_every_algorithm_learns_from_two_steps(algorithm, workplace, tiny_qwen2)
         assert row["ratio/mean"] == 1.0
         assert row["updates/skipped"] == 0
     assert ("kl" in first) == (run.objective.kl_coef > 0)
+
+
+def test_functions_of_ones_own_stand_for_the_built_in_ones(workplace, tiny_qwen2):
+    """The surrogate brings its own KL term, so that only it asks for the reference."""
+    overrides = small_run(tiny_qwen2, "train.updates_per_rollout=2", "train.learning_rate=0.01", "data.shuffle=false")
+    ours = rows_of(*overrides, "run.dir=ours")
+    paths = [f"algorithm.surrogate={OBJECTIVES}:clip", f"algorithm.advantage={OBJECTIVES}:standardised"]
+    theirs = rows_of(*overrides, *paths, "algorithm.kl_coef=0", "algorithm.surrogate_kwargs.kl_coef=0.04")
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        for key in ("loss", "grad_norm", "kl", "reward/mean", "ratio/mean", "entropy"):
+            assert other[key] == pytest.approx(mine[key], rel=1e-4, abs=1e-7), key
+        assert other["surrogate/clipped"] == pytest.approx(mine["clip_fraction"])
+        assert mine["clip_fraction"] > 0
+        assert "clip_fraction" not in other
+
+
+def test_a_surrogate_is_not_given_renormalised_probabilities(workplace, tiny_qwen2):
+    (workplace / "mine.py").write_text("def f(ratio, sampler_logprobs): return ratio * sampler_logprobs")
+    message = "^algorithm.surrogate=mine.py:f asks for `sampler_logprobs`, which top_p, top_k or min_new_tokens"
+    with (
+        pytest.raises(UserError, match=message),
+        assembled(*small_run(tiny_qwen2, "algorithm.surrogate=mine.py:f", "sampling.top_p=0.9")),
+    ):
+        pass
 
 
 def test_the_sampler_draws_from_the_newest_weights(workplace, tiny_qwen2):

@@ -1,6 +1,7 @@
 """`fastgrpo verify`: it looks at every combination, passes what is right and finds what is not."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,13 @@ def test_an_error_is_held_to_its_tolerance(error, ok):
         tolerance=1e-5,
     )
     assert check.ok is ok
+
+
+def test_a_surrogate_of_ones_own_takes_the_place_of_ours():
+    path = Path(__file__).with_name("example_objectives.py")
+    config = replace(SMALL, dtypes=("float32",), surrogate=f"{path}:clip", surrogate_kwargs={"kl_coef": 0.1})
+    checks = list(verify.run(config))
+    assert {c.objective for c in checks if "policy" in c.op} == {
+        f"{level} ratio{passes}" for level in ("token", "sequence") for passes in ("", ", on-policy")
+    }
+    assert all(c.ok for c in checks)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from fastgrpo.algorithms.custom_advantage import CustomAdvantage
 from fastgrpo.config import AlgorithmConfig, UserError
+from fastgrpo.functions.inline import is_path
 from fastgrpo.kernels.group_advantages import group_advantages, process_advantages
 from fastgrpo.types import RolloutGroup, ScoredGroup
+
+Compare = Callable[[list[ScoredGroup]], list[ScoredGroup]]
+"""From a step's groups to the same with their advantages."""
+
+
+def comparison(config: AlgorithmConfig) -> Compare:
+    """The configured one. Raises UserError for a function of the user's own that cannot be called."""
+    return CustomAdvantage(config) if is_path(config.advantage) else partial(compare, config=config)
 
 
 def compare(groups: list[ScoredGroup], config: AlgorithmConfig) -> list[ScoredGroup]:

@@ -32,7 +32,7 @@ def _run_one(function: Callable[..., Any], arguments: dict[str, Any], read: Read
     try:
         return read(function(**arguments))
     except BaseException as error:
-        return _failure(error)
+        return failure_of(error)
 
 
 async def _run_together(
@@ -44,12 +44,12 @@ async def _run_together(
                 result = await function(**arguments)
             return read(result)
         except BaseException as error:
-            return Failure("timeout", "") if limit.expired() else _failure(error)
+            return Failure("timeout", "") if limit.expired() else failure_of(error)
 
     return list(await asyncio.gather(*(run_one(arguments) for arguments in calls)))
 
 
-def _failure(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """One line that says what was raised and where. Exceptions themselves need not survive a change of process."""
     if isinstance(error, UserError):
         return Failure("refused", str(error))

@@ -89,11 +89,13 @@ def describe(
     kwargs: Mapping[str, Any],
     reserved: Iterable[str],
     contract: Callable[[list[str]], tuple[tuple[str, ...], Callable[[Any], Any]]],
+    kwargs_key: str | None = None,
 ) -> UserFunction:
     """Reads from the signature how the function is called.
 
     reserved: the names that kwargs may not set. contract: from the parameters' names to UserFunction's `offered` and
-    `read`. Raises UserError, as `contract` may, where they do not fit.
+    `read`. kwargs_key: where the configuration holds kwargs, if not beside the path.
+    Raises UserError, as `contract` may, where they do not fit.
     """
     where = f"{key}={path}"
     try:
@@ -106,10 +108,11 @@ def describe(
     if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
         raise UserError(f"{where} has positional-only parameters, but all are passed by name; remove the `/`")
     offered, read = contract(names)
+    kwargs_key = kwargs_key or key.removesuffix("path") + "kwargs"
     for argument in kwargs:
         if argument in reserved or (argument not in names and not takes_columns):
             raise UserError(
-                f"{key.removesuffix('path')}kwargs.{argument}: {path} has no parameter of that name to set; "
+                f"{kwargs_key}.{argument}: {path} has no parameter of that name to set; "
                 f"it has {listed(n for n in names if n not in offered)}"
             )
     return UserFunction(

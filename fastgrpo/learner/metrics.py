@@ -42,19 +42,18 @@ class LossSums:
         read = torch.stack([*(v.float() for v in self.sums.values()), self.largest_mismatch.float()]).tolist()
         sums, largest = dict(zip(self.sums, read, strict=False)), read[-1]
         count = max(1.0, sums["num_tokens"])
-        low, high = sums["clip_low_count"] / count, sums["clip_high_count"] / count
         means = {
             "loss": sums["loss"],
             "ratio/mean": sums["ratio_sum"] / count,
             "kl/old": sums["old_kl_sum"] / count,
-            "clip_fraction": low + high,
-            "clip_fraction/low": low,
-            "clip_fraction/high": high,
             "sampler_mismatch/mean_abs": sums["mismatch_abs"] / count,
             "sampler_mismatch/max_abs": largest,
             "sampler_mismatch/kl": sums["mismatch_kl"] / count,
             "sampler_mismatch/ess": sums["mismatch_ratio"] ** 2 / (count * sums["mismatch_ratio_squared"]),
         }
+        if "clip_low_count" in sums:
+            low, high = sums["clip_low_count"] / count, sums["clip_high_count"] / count
+            means |= {"clip_fraction": low + high, "clip_fraction/low": low, "clip_fraction/high": high}
         if "entropy_sum" in sums:
             means["entropy"] = sums["entropy_sum"] / count
         if "kl_sum" in sums:
@@ -62,7 +61,7 @@ class LossSums:
         if "importance" in sums:
             means["importance/mean"] = sums["importance"] / count
             means["importance/masked_fraction"] = sums["importance_zero_count"] / count
-        return means
+        return means | {name: total / count for name, total in sums.items() if name.startswith("surrogate/")}
 
 
 def _mismatch(log_ratio: Tensor) -> dict[str, Tensor]:

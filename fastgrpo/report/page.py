@@ -112,7 +112,8 @@ def _facts(config: Config) -> list[tuple[str, str]]:
         return "" if value is None else form.format(value)
 
     built = "built from nothing" if "model" in config else ""
-    clip = text("algorithm.clip_ratio_low", " −{}") + text("algorithm.clip_ratio_high", " +{}")
+    clips = _get(config, "algorithm.surrogate") in ("clip", "cispo")
+    clip = text("algorithm.clip_ratio_low", " −{}") + text("algorithm.clip_ratio_high", " +{}") if clips else ""
     facts = {
         "model": text("model.path") or built,
         "data": " ".join(filter(None, [text("data.source"), text("data.path") or text("data.operation")])),

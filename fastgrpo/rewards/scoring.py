@@ -71,6 +71,11 @@ class Rewards:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def names(self) -> list[str]:
+        """What ScoredGroup.reward_terms calls them."""
+        return [function.name for function in self._functions]
+
     def close(self) -> None:
         """Ends the worker processes, also those in the middle of a call."""
         self._executor.close()

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 import torch
 
-from fastgrpo.kernels.objective import Objective
+from fastgrpo.algorithms.objective import objective_of
+from fastgrpo.config import AlgorithmConfig
+from fastgrpo.kernels.objective import RATIO_LEVELS, Objective
 from fastgrpo.verify.cases import AGGREGATIONS, MASKS, OBJECTIVES, Case, make_case, max_logit
 from fastgrpo.verify.oracle import check_linear_policy_loss, check_logprobs, check_policy_loss, tolerances
 from fastgrpo.verify.table import Check
@@ -33,11 +35,25 @@ class VerifyConfig:
     vocab_size: int = 1031
     chunk_size: int | None = 40
     """Rows of a chunk; smaller than num_tokens so that chunks are exercised. None: the kernels choose."""
+    surrogate: str | None = None
+    """FILE.py:FUNCTION: verify this surrogate of your own, with token and sequence ratios, in place of all of ours."""
+    surrogate_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Its fixed keyword arguments."""
     seed: int = 0
 
 
-def run(config: VerifyConfig, objectives: dict[str, Objective] = OBJECTIVES) -> Iterator[Check]:
+def objectives_of(config: VerifyConfig) -> dict[str, Objective]:
+    """What to verify, by name. Raises UserError for a surrogate that cannot be called."""
+    if config.surrogate is None:
+        return OBJECTIVES
+    own = AlgorithmConfig(surrogate=config.surrogate, surrogate_kwargs=config.surrogate_kwargs, entropy_coef=0.01)
+    by_level = {level: replace(own, ratio_level=level) for level in RATIO_LEVELS}
+    return {f"{level} ratio": objective_of(algorithm, temperature=0.9) for level, algorithm in by_level.items()}
+
+
+def run(config: VerifyConfig, objectives: dict[str, Objective] | None = None) -> Iterator[Check]:
     """Every objective x aggregation x mask x dtype, on- and off-policy, through every op."""
+    objectives = objectives_of(config) if objectives is None else objectives
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -116,7 +116,7 @@ class MegatronLearner:
         """See Learner.update. Data-parallel ranks may pass different numbers of batches, also none, unless `ranks` says
         in_step: token weights are global, so gradients are summed over everything and divided by nothing."""
         with megatron_on_cpu():
-            sums = reduce_sums(self.accumulate(batches, objective), self.parallel, self.device)
+            sums = reduce_sums(self.accumulate(batches, objective), objective, self.parallel, self.device)
             grad_norm = self.optimizer.grad_norm()
             metrics = sums.means() | ({} if self.balance is None else self.balance.metrics())
             rate = learning_rate(self.config, self.policy_version, self.num_updates)
@@ -142,7 +142,7 @@ class MegatronLearner:
             chunk.train()
 
         def loss_of(model: HiddenStatesModel, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
-            batch, _ = scored_share(batch, self.parallel, whole_sequences=objective.ratio_level == "sequence")
+            batch, _ = scored_share(batch, self.parallel, whole_sequences=objective.relates_tokens)
             output = head.policy_loss(model, hidden, batch, objective, self.parallel)
             if batch.num_scored:
                 sums.add(output, batch)

@@ -42,6 +42,7 @@ from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.learner import MegatronLearner
 from fastgrpo.learner.megatron.microbatch import prepare
 from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.verify.cases import OBJECTIVES
 
 
 def reshard(cases: tuple[Case, ...], directory: Path) -> list[dict[str, Any]]:
@@ -74,13 +75,18 @@ def reshard(cases: tuple[Case, ...], directory: Path) -> list[dict[str, Any]]:
 
 
 def sequence_ratios(directory: Path) -> list[dict[str, torch.Tensor]]:
-    """Gradients of an objective that relates a sequence's tokens, with sequences whole on a rank and cut over two."""
+    """Gradients of two objectives that relate a sequence's tokens, ours and one's own, with sequences whole on a rank
+    and cut over two; and what the second reports."""
     found = []
+    own = replace(OBJECTIVE, surrogate=OBJECTIVES["one's own, sequence"].surrogate)
     for layout in (Layout(tp=2), Layout(cp=2)):
         path = str(directory / RESHARDED_MODEL)
         learner = MegatronLearner.from_pretrained(path, layout, TRAIN, num_updates=1, reference=True)
         batches = with_logprobs(batches_of(True), learner)
-        found.append(gradients(learner, batches, replace(OBJECTIVE, ratio_level="sequence")))
+        ours = gradients(learner, batches, replace(OBJECTIVE, ratio_level="sequence"))
+        theirs = {f"own {name}": gradient for name, gradient in gradients(learner, batches, own).items()}
+        reported = learner.update(batches, own).metrics["surrogate/clipped"]
+        found.append({**ours, **theirs, "reported": torch.tensor(reported)})
         parallel.destroy()
     return found
 

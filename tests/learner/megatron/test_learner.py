@@ -110,6 +110,7 @@ def test_ratios_of_whole_sequences_are_the_same_where_rows_are_cut(results_of):
     whole, cut = results_of(2)["sequence_ratios"]
     worst, name = largest_error(cut, whole)
     assert worst <= TOLERANCE, name
+    assert 0 < whole["reported"] < 1
 
 
 def test_the_scenario_exercises_what_it_claims(oracle):

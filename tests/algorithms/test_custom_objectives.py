@@ -1,0 +1,100 @@
+"""Surrogates and advantages of the user's own: what they are given, what they may return, and what docs show."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import make_groups
+
+from fastgrpo.algorithms.advantages import comparison
+from fastgrpo.algorithms.objective import needs_reference, objective_of
+from fastgrpo.config import AlgorithmConfig, UserError
+from fastgrpo.types import Prompt
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "example_objectives.py"
+DOCS = HERE.parent.parent / "docs" / "objective.md"
+PROMPT = Prompt(prompt_id="train/0", token_ids=torch.tensor([1]), text="1+1=", answer="2")
+
+
+def objective_with(name, path=EXAMPLES, **settings):
+    return objective_of(AlgorithmConfig(surrogate=f"{path}:{name}", **settings), temperature=1.0)
+
+
+def test_a_surrogate_tells_what_it_needs_and_reports():
+    objective = objective_with("clip", kl_coef=0.0, surrogate_kwargs={"width": 0.1})
+    assert objective.custom.metrics == ("clipped",)
+    assert objective.needs_reference
+    assert not objective.relates_tokens
+    assert needs_reference(AlgorithmConfig(surrogate=f"{EXAMPLES}:clip", kl_coef=0.0))
+    assert not needs_reference(AlgorithmConfig(surrogate=f"{EXAMPLES}:mixes", kl_coef=0.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mixes", "a token's value depends on which others are computed beside it.*ask for `sequences`"),
+        ("mixes_sequences", "depends on which others.*take means and sums with `sequences`"),
+        ("detached", "nothing is learned from it; compute it from `logprobs` or `ratio`, undetached"),
+        ("infinite", "is not finite for common logprobs"),
+        ("one_number", r"its value is \(\); return \(16,\), one a token"),
+        ("pair_of_tensors", "returned a pair whose second is no dictionary"),
+        ("raises", r"raised RuntimeError: no luck \(example_objectives.py line \d+\); mend the function"),
+        ("waits", "is async; write a plain function"),
+        ("asks_for_more", "asks for `discount`, which is none of.*set algorithm.surrogate_kwargs.discount"),
+        ("missing", "has no 'missing'; it has clip"),
+    ],
+)
+def test_a_surrogate_that_breaks_its_contract_is_refused(name, message):
+    with pytest.raises(UserError, match=f"^algorithm.surrogate={EXAMPLES}:{name}.*{message}"):
+        objective_with(name)
+
+
+def test_an_argument_that_no_parameter_takes_is_refused():
+    with pytest.raises(UserError, match=r"^algorithm.surrogate_kwargs.depth: .*clip has no parameter of that name"):
+        objective_with("clip", surrogate_kwargs={"depth": 1})
+
+
+def test_advantages_of_ones_own():
+    compare = comparison(AlgorithmConfig(advantage=f"{EXAMPLES}:standardised"))
+    groups = [replace(g, advantages=None) for g in make_groups([(3, [2, 5]), (3, [1, 1])])]
+    groups = [replace(g, rewards=torch.tensor(r)) for g, r in zip(groups, ([1.0, 0.0], [0.5, 0.5]), strict=True)]
+    first, second = compare(groups)
+    assert [a.shape for a in first.advantages] == [(2,), (5,)]
+    torch.testing.assert_close(
+        torch.cat(first.advantages), torch.tensor([0.7071] * 2 + [-0.7071] * 5), atol=1e-4, rtol=0
+    )
+    assert torch.cat(second.advantages).tolist() == [0.0, 0.0]
+    assert compare([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("too_few", r"on prompt train/0 returned \(1,\) for 4 completions; return one number a completion, or"),
+        ("nothing", "on prompt train/0 returned a NoneType; return one number a completion"),
+        ("not_finite", "on prompt train/0 returned an advantage that is not finite"),
+    ],
+)
+def test_advantages_that_are_none_are_refused(name, message):
+    compare = comparison(AlgorithmConfig(advantage=f"{EXAMPLES}:{name}"))
+    with pytest.raises(UserError, match=f"^algorithm.advantage={EXAMPLES}:{name} {message}"):
+        compare.check(PROMPT, ["exact_match"], 4)
+
+
+def test_what_docs_show_runs(tmp_path):
+    (block,) = re.findall(r"```python\n(# my_objective.py.*?)```", DOCS.read_text(), re.DOTALL)
+    path = tmp_path / "my_objective.py"
+    path.write_text(block)
+    assert objective_with("soft_clip", path, surrogate_kwargs={"steepness": 3.0}).custom.metrics == ()
+    assert objective_with("geometric_mean", path).relates_tokens
+    assert objective_with("skip_stale", path).custom.metrics == ("skipped",)
+    kwargs = {"weights": {"exact": 1.0, "brevity": 0.5}}
+    compare = comparison(AlgorithmConfig(advantage=f"{path}:decoupled", advantage_kwargs=kwargs))
+    compare.check(PROMPT, ["exact", "brevity"], 4)
+    (group,) = make_groups([(3, [2, 2])])
+    terms = {"exact": torch.tensor([1.0, 0.0]), "brevity": torch.tensor([3.0, 3.0])}
+    (group,) = compare([replace(group, rewards=terms["exact"], reward_terms=terms, advantages=None)])
+    assert group.advantages.tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4)

@@ -1,0 +1,68 @@
+"""Surrogates and advantages that tests name by path."""
+
+import torch
+
+
+def clip(logprobs, old_logprobs, advantages, ref_logprobs, width=0.2, kl_coef=0.04):
+    """The built-in clip and k3, once more."""
+    ratio = (logprobs - old_logprobs).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - width, 1 + width) * advantages)
+    drift = ref_logprobs - logprobs
+    clipped = torch.where(advantages > 0, ratio > 1 + width, (ratio < 1 - width) & (advantages < 0))
+    return -gain + kl_coef * (drift.exp() - drift - 1), {"clipped": clipped}
+
+
+def standardised(rewards, batch_rewards, lengths, truncated, answer):
+    """The built-in std, once more, a number a token."""
+    assert len(batch_rewards) >= len(rewards) == len(truncated)
+    std = rewards.std()
+    advantage = (rewards - rewards.mean()) / std if std > 0 else torch.zeros_like(rewards)
+    return [a.expand(int(length)) for a, length in zip(advantage, lengths, strict=True)]
+
+
+def mixes(ratio, advantages):
+    return -ratio * advantages / len(ratio)
+
+
+def mixes_sequences(ratio, advantages, sequences):
+    return -ratio * advantages * sequences.ids
+
+
+def detached(logprobs, advantages):
+    return -logprobs.detach() * advantages
+
+
+def infinite(logprobs, advantages):
+    return -advantages / (logprobs - logprobs.detach())
+
+
+def one_number(ratio):
+    return ratio.sum()
+
+
+def pair_of_tensors(ratio):
+    return ratio, ratio
+
+
+def raises(ratio):
+    raise RuntimeError("no luck")
+
+
+async def waits(ratio):
+    return ratio
+
+
+def asks_for_more(ratio, discount):
+    return ratio * discount
+
+
+def too_few(rewards):
+    return rewards[:1]
+
+
+def nothing(rewards):
+    return None
+
+
+def not_finite(rewards):
+    return (rewards - rewards) / 0.0
