@@ -29,8 +29,8 @@ def _by_sequence(x: SurrogateInputs) -> SurrogateValues:
     """The geometric mean of a sequence's clipped ratios (GMPO, arXiv 2507.20673), more for long ones."""
     assert x.sequences is not None
     log_ratio = x.logprobs - x.old_logprobs
-    mean = x.sequences.mean(log_ratio.clamp(-0.4, 0.4))
-    return -x.advantages * mean.exp() * x.sequences.lengths.sqrt(), {"clipped": log_ratio.abs() > 0.4}
+    mean = x.sequences.mean(log_ratio.clamp(-0.2, 0.2))
+    return -x.advantages * mean.exp() * x.sequences.lengths.sqrt(), {"clipped": log_ratio.abs() > 0.2}
 
 
 _SHAPED: dict[str, Any] = {"kl_coef": 0.05, "entropy_coef": 0.01, "temperature": 0.9}
