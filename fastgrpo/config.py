@@ -104,9 +104,9 @@ class DataConfig:
     eval_split: str | None = None
     """The hub data set's held-out split; null splits eval_size rows off."""
     prompt_column: str = "question"
-    """A text, or a list of chat messages ({role, content})."""
+    """A text, or a list of chat messages ({role, content}). a.b is the entry b of a column a."""
     answer_column: str | None = "answer"
-    """Handed to the reward as `answer`; null for data without answers."""
+    """Handed to the reward as `answer`, for example reward_model.ground_truth; null for data without answers."""
     system_prompt: str | None = None
     """Put before every question; needs a tokenizer with a chat template."""
     prompt_template: str = "{prompt}"

@@ -11,7 +11,8 @@ BATCH = 1000
 
 
 def encode(tokenizer: Any, texts: list[str], places: list[str], *, special_tokens: bool) -> list[list[int]]:
-    """The token ids of every text, with the tokenizer's own special tokens (such as BOS) where asked for.
+    """The token ids of every text, with the tokenizer's own special tokens (such as BOS) where asked for. A text that
+    begins with BOS itself, as one that a chat template has written does, gets no second one.
 
     `places[i]` says where texts[i] came from. Raises UserError for a character that the tokenizer maps to nothing
     or to its unknown token, and for a tokenizer that puts its end token behind a prompt.
@@ -21,6 +22,9 @@ def encode(tokenizer: Any, texts: list[str], places: list[str], *, special_token
     for start in range(0, len(texts), BATCH):
         batch = tokenizer(texts[start : start + BATCH], add_special_tokens=special_tokens)
         ids.extend(list(row) for row in batch["input_ids"])
+    if special_tokens:
+        twice = [tokenizer.bos_token_id] * 2
+        ids = [row[1:] if row[:2] == twice else row for row in ids]
     for text, row, place in zip(texts, ids, places, strict=True):
         if not row:
             raise UserError(f"{place}: the tokenizer makes no token of {text!r:.60}; give another text")

@@ -120,10 +120,13 @@ def _prompt_key(row: Row, config: DataConfig) -> str:
 
 
 def _column(row: Row, column: str, key: str, mend: str) -> Any:
-    if column not in row.values:
-        there = ", ".join(row.values) or "none"
-        raise UserError(f"{row.place} has no column {column!r} ({key}); its columns are {there}{mend}")
-    return row.values[column]
+    value: Any = row.values
+    for name in [column] if column in row.values else column.split("."):  # a.b is the entry b of a column a
+        if not isinstance(value, dict) or name not in value:
+            there = ", ".join(row.values) or "none"
+            raise UserError(f"{row.place} has no column {column!r} ({key}); its columns are {there}{mend}")
+        value = value[name]
+    return value
 
 
 def _hold_out(rows: list[Row], prompt_keys: dict[int, str], config: DataConfig) -> list[Row]:
@@ -150,7 +153,9 @@ class _PromptBuilder:
         self._limit = limit
 
     def __call__(self, rows: list[Row], set_name: str) -> list[Prompt]:
-        texts = [self._renderer(row, row.values[self._config.prompt_column]) for row in rows]
+        texts = [
+            self._renderer(row, _column(row, self._config.prompt_column, "data.prompt_column", "")) for row in rows
+        ]
         special_tokens = not self._renderer.chat  # a chat template writes its own
         all_ids = encode(self._tokenizer, texts, [row.place for row in rows], special_tokens=special_tokens)
         prompts = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastgrpo.config import DataConfig, UserError
+from fastgrpo.data.messages import read_messages
 from fastgrpo.data.rows import Row
 
 
@@ -28,12 +29,12 @@ class Renderer:
                 raise UserError(f"{column} is empty; give a prompt or remove the row")
             text = self._config.prompt_template.replace("{prompt}", prompt)
             return self._chat([{"role": "user", "content": text}], column) if self.chat else text
-        _check_messages(prompt, column)
+        messages = read_messages(prompt, column)
         if not self.chat:
             raise UserError(f"{column} holds chat messages, which {self._no_chat}; give texts")
         if self._config.prompt_template != "{prompt}":
             raise UserError(f"{column} holds chat messages, which data.prompt_template cannot wrap; remove it")
-        return self._chat(prompt, column)
+        return self._chat(messages, column)
 
     def _chat(self, messages: list[dict[str, Any]], column: str) -> str:
         if self._config.system_prompt is not None:
@@ -57,15 +58,3 @@ def apply_template(tokenizer: Any, messages: list[dict[str, Any]], config: DataC
     except Exception as error:  # the template is a program of the model's author
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{place}: the chat template refuses it ({reason}); change the messages") from error
-
-
-def _check_messages(prompt: Any, column: str) -> None:
-    if not isinstance(prompt, list):
-        raise UserError(f"{column} is {prompt!r:.60}; give a text or a list of messages")
-    if not prompt:
-        raise UserError(f"{column} is an empty list of messages; give a prompt or remove the row")
-    for number, message in enumerate(prompt):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise UserError(f"{column}, message {number} is {message!r:.60}; give {{role: ..., content: ...}}")
-    if prompt[-1]["role"] == "assistant":
-        raise UserError(f"{column} ends with the assistant's message; the last one must be what it answers to")

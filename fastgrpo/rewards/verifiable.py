@@ -17,6 +17,8 @@ GSM8K_MARKER = "####"
 # Commas are sorted out afterwards: a pattern that did would take cubic time on a long list of digits.
 _NUMBER = re.compile(r"(?P<sign>-\$?|\$-)?(?P<digits>[0-9](?:[0-9,]*[0-9])?|(?=\.[0-9]))(?P<rest>\.[0-9]+)?")
 _THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:(?P<formula>[^$\n]+)\$|(?P<word>\S+))")
 _UNITS = re.compile(r"\\text\s*\{[^{}]*\}|\\(?:%|\$|[,;! ])|[$%\s]")
 
 
@@ -45,14 +47,16 @@ def math(completion: str, answer: Any) -> float:
     """1 where the content of the completion's last \\boxed{} is mathematically equal to the reference, else 0.
 
     The reference is a solution with a \\boxed{} answer, or the answer alone. Equality is math-verify's: 1/2 is 0.5 is
-    \\frac{1}{2}. Raises UserError where that package is not installed.
+    \\frac{1}{2}. Raises UserError where that package is not installed, and ValueError for a reference that it cannot
+    read. What it cannot finish (10^{10^{10}}) is ended by reward.timeout_s, and conf/reward/math.yaml counts it as 0.
     """
     try:
         from math_verify import parse, verify
     except ModuleNotFoundError:
         raise UserError("the reward `math` needs math-verify: pip install math-verify") from None
-    given = last_boxed(completion)
-    boxed = last_boxed(str(answer))
+    if answer is None:
+        raise ValueError("the row has no reference answer")
+    given, boxed = _boxed(completion), _boxed(str(answer))
     expected = str(answer) if boxed is None else boxed
     if given is None:
         return 0.0
@@ -84,17 +88,24 @@ def brevity(completion: str, token_ids: list[int], max_tokens: int) -> float:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} with balanced braces, or None."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    """The content of the last \\boxed{...} (or \\fbox{...}) with balanced braces, or None."""
+    *_, box = None, *_BOX.finditer(text)
+    if box is None:
         return None
-    first = start + len("\\boxed{")
     depth = 1
-    for position in range(first, len(text)):
+    for position in range(box.end(), len(text)):
         depth += {"{": 1, "}": -1}.get(text[position], 0)
         if depth == 0:
-            return text[first:position]
+            return text[box.end() : position]
     return None
+
+
+def _boxed(text: str) -> str | None:
+    """What last_boxed finds or, where no box has braces, TeX's other form: \\boxed 5 and $\\boxed \\frac12$."""
+    if _BOX.search(text):
+        return last_boxed(text)
+    *_, bare = None, *_BARE_BOX.finditer(text)
+    return bare and (bare["formula"] or bare["word"]).strip()
 
 
 def _final_number(completion: str) -> Decimal | None:

@@ -121,6 +121,15 @@ def test_missing_columns(tokenizer, jsonl):
             "ends with the assistant's message; the last one must be what it answers to",
         ),
         (
+            [{"role": "user", "content": None}],
+            ", message 0: its content is None, and models here read text alone; give a text",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}],
+            ", message 0: its content is [{'type': 'text', 'text': 'a'}, {'type': 'image'}], and models here read text "
+            "alone; give a text",
+        ),
+        (
             [{"role": "user", "content": "a"}],
             "holds chat messages, which a tokenizer without a chat template cannot use; give texts",
         ),

@@ -1,5 +1,6 @@
 """From files to prompts: ids, metadata, what is held out, templates, lengths."""
 
+import json
 import sys
 import types
 
@@ -122,8 +123,10 @@ def test_arithmetic_with_a_tokenizer_of_its_alphabet(tokenizer_like):
 
 def test_special_tokens_of_plain_text(jsonl, tokenizer_like):
     path = jsonl([{"question": "ab", "answer": 1}])
-    assert load(tokenizer_like(bos="<s>"), path).train[0].token_ids.tolist()[0] == 0
-    assert len(load(tokenizer_like(bos="<s>"), path).train[0].token_ids) == 3
+    for text in ("ab", "<s>ab"):  # as a chat template has written it before
+        (prompt,) = load(tokenizer_like(bos="<s>"), jsonl([{"question": text, "answer": 1}], "bos.jsonl")).train
+        assert prompt.token_ids.tolist()[0] == 0
+        assert len(prompt.token_ids) == 3
     assert len(load(tokenizer_like(), path).train[0].token_ids) == 2
 
 
@@ -154,6 +157,22 @@ def test_a_prompt_may_be_messages(jsonl, tokenizer_like, chat_template):
         "<s>[system]Think.[user]2+2?[assistant]",
     }
     assert (len(sets.train), len(sets.eval), sets.num_duplicates) == (2, 1, 1)
+
+
+def test_messages_are_as_templates_expect_them(tmp_path, tokenizer_like):
+    """Parquet gives every message every key, and many templates print parts of text as a Python list."""
+    template = "{% for m in messages %}{{ 'call' if 'tool_calls' in m else m.content }};{% endfor %}"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    user = {"role": "user", "content": "a"}
+    rows = [{"question": [user, call, {"role": "tool", "content": "b"}], "truth": {"answer": 4}}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    rows = [{"question": [{"role": "user", "content": [{"type": "text", "text": x} for x in "ab"]}], "answer": 4}]
+    (tmp_path / "parts.jsonl").write_text(json.dumps(rows[0]))
+    tokenizer = tokenizer_like(chat_template=template)
+    parquet_rows = {"source": "parquet", "answer_column": "truth.answer"}
+    for name, text, changes in (("rows.parquet", "a;call;b;", parquet_rows), ("parts.jsonl", "ab;", {})):
+        (prompt,) = load(tokenizer, str(tmp_path / name), **changes).train
+        assert (prompt.text, prompt.answer) == (text, 4)
 
 
 def test_long_prompts_can_be_dropped_and_are_counted(jsonl, tokenizer):

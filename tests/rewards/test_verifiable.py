@@ -120,6 +120,9 @@ def test_gsm8k_on_the_real_rows():
         (r"\boxed{1}, then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{}", ""),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed {5} is not \boxedx{6}", "5"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed 5", None),
         (r"\boxed{1", None),
         ("1", None),
     ],
@@ -156,6 +159,28 @@ def test_math_ends_the_run_by_name_without_its_package(monkeypatch, prompt):
 def test_math_equality(given, answer, reward):
     pytest.importorskip("math_verify")
     assert math(f"first \\boxed{{9}}, finally \\boxed{{{given}}}", answer) == reward
+
+
+@pytest.mark.parametrize(
+    ("solution", "reward"),
+    [
+        (r"From 3 and 4 follows $\boxed \frac12$.", 1),
+        (r"From 3 and 4 follows $\boxed\frac12$ and no more.", 1),
+        (r"From 3 and 4 follows $\fbox{\frac{1}{2}}$.", 1),
+        (r"From 3 and 4 follows \boxed 0.5 and no more", 1),
+        (r"From 3 and 4 follows $\boxed {1}$, not $\boxed 0.5$.", 0),
+    ],
+)
+def test_math_reads_the_boxes_of_published_solutions(solution, reward):
+    pytest.importorskip("math_verify")
+    assert math(r"\boxed{0.5}", solution) == reward
+    assert math(solution, "0.5") == reward
+
+
+def test_math_refuses_a_row_without_a_reference():
+    pytest.importorskip("math_verify")
+    with pytest.raises(ValueError, match="the row has no reference answer"):
+        math(r"\boxed{5}", None)
 
 
 def test_math_wants_the_answer_boxed():
