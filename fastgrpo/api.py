@@ -17,11 +17,13 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """Example: TrainResult(run_dir=Path("runs/default/2026-01-31_12-00-00"), metrics=[{"step": 0, ...}, ...])."""
+    """Example: TrainResult(run_dir=Path("runs/mine"), metrics=[{"step": 0, ...}, ...])."""
 
     run_dir: Path
     metrics: list[dict[str, Any]]
     """The rows of metrics.jsonl, one a step."""
+    stopped: bool = False
+    """A signal ended it early: saved, to go on with resume=auto, and without a policy at model_path."""
 
     @property
     def model_path(self) -> Path:
@@ -45,9 +47,11 @@ def train(
     Raises UserError, one line, for whatever can be mended.
     """
     from fastgrpo import commands
-    from fastgrpo.main import compose, value_of, with_run_dir, with_shorthands
+    from fastgrpo.main import compose, setting, value_of, with_run_dir, with_shorthands
     from fastgrpo.metrics import read_jsonl
 
+    if isinstance(overrides, str):
+        raise UserError(f"overrides: {overrides!r:.60} is one text; give a list of KEY=VALUE texts")
     with tempfile.TemporaryDirectory() as directory:
         arguments = list(overrides)
         if prompts is not None:
@@ -58,10 +62,10 @@ def train(
             # Where some have an answer and some do not, the data's own refusal names the first without.
             answers = [] if any("answer" in row for row in rows) else ["data.answer_column=null"]
             held_out = f"data.eval_size={int(HELD_OUT * len(rows))}"
-            arguments = ["data=jsonl", f"data.path={path}", held_out, *answers, *arguments]
+            arguments = ["data=jsonl", setting("data.path", path), held_out, *answers, *arguments]
         config, text = compose("train", with_run_dir(with_shorthands(arguments)))
-        _, run_dir = commands.train(config, text, reward, environment)
-    return TrainResult(run_dir=run_dir, metrics=read_jsonl(run_dir / "metrics.jsonl"))
+        signum, run_dir = commands.train(config, text, reward, environment)
+    return TrainResult(run_dir=run_dir, metrics=read_jsonl(run_dir / "metrics.jsonl"), stopped=signum is not None)
 
 
 def _rows(prompts: Sequence[str | Mapping[str, Any]], column: str) -> list[dict[str, Any]]:
@@ -70,7 +74,10 @@ def _rows(prompts: Sequence[str | Mapping[str, Any]], column: str) -> list[dict[
         raise UserError(
             f"prompts: a {type(prompts).__name__} is no list of prompts; give a list of texts or of mappings of columns"
         )
-    return [_row(prompt, column) for prompt in prompts]
+    rows = [_row(prompt, column) for prompt in prompts]
+    if not rows:
+        raise UserError("prompts: an empty list; give at least one, or None for the configured data")
+    return rows
 
 
 def _row(prompt: str | Mapping[str, Any], column: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _train(
             run.console.message(f"warning: {warning}")
         try:
             if ranks.is_main:
-                _point_latest_to(run_dir)
+                _point_latest_to(run_dir, run.console.message)
                 (run_dir / "config.yaml").write_text(text, encoding="utf-8")
             with StopRequest(run.console.message) as stop:
                 trainer.train(run, stop)
@@ -194,10 +194,14 @@ def _lock(directory: int, config: Config) -> None:
         raise UserError(f"run.dir={config.run.dir}: another process trains there; stop it or choose another") from None
 
 
-def _point_latest_to(run_dir: Path) -> None:
+def _point_latest_to(run_dir: Path, notify: Callable[[str], object]) -> None:
+    """A convenience, which a file system without links does not have."""
     runs = Path("runs").resolve()
     if runs in run_dir.resolve().parents:
-        link, fresh = runs / "latest", runs / ".latest"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(run_dir.resolve().relative_to(runs))
-        fresh.replace(link)
+        fresh = runs / f".latest-{os.getpid()}"  # another run may begin at the same moment
+        try:
+            fresh.symlink_to(run_dir.resolve().relative_to(runs))
+            fresh.replace(runs / "latest")
+        except OSError as error:
+            fresh.unlink(missing_ok=True)
+            notify(f"runs/latest does not point to this run ({error})")

@@ -21,8 +21,9 @@ class RunConfig:
 
     name: str = "default"
     """The first folder under runs/."""
-    dir: str = "runs/${run.name}/${now:%Y-%m-%d_%H-%M-%S}"
-    """Everything the run writes goes here; runs/latest points to the newest."""
+    dir: str = "runs/${run.name}/${now:%Y-%m-%d_%H-%M-%S-%f}"
+    """Everything the run writes goes here; runs/latest points to the newest. The time has microseconds for runs that
+    begin together."""
     console: str = "auto"
     """auto | live | plain | none: a live display on a terminal, plain lines when piped."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])

@@ -161,8 +161,24 @@ def compose(name: str, arguments: list[str]) -> tuple[Config, str]:
     """conf/<name>.yaml with the arguments, as dataclasses and as YAML, for callers that are not the command line."""
     import hydra
 
-    with hydra_errors_in_one_line(), hydra.initialize_config_dir(CONF, version_base="1.3"):
+    with (
+        hydra_errors_in_one_line(),
+        _hydra_of_the_caller_aside(),
+        hydra.initialize_config_dir(CONF, version_base="1.3"),
+    ):
         return converted(hydra.compose(name, [open_mapping(argument) for argument in arguments]))
+
+
+@contextmanager
+def _hydra_of_the_caller_aside() -> Iterator[None]:
+    """The caller's own script may be a Hydra application, and there is one Hydra a process."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    callers, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = callers
 
 
 def converted(composed: Any) -> tuple[Any, str]:
@@ -250,6 +266,12 @@ def value_of(arguments: list[str], key: str) -> str | None:
     return None
 
 
+def setting(key: str, path: Path) -> str:
+    """The argument that sets a key to a path, whatever characters are in it."""
+    quoted = str(path).replace("'", "\\'")
+    return f"{key}='{quoted}'"
+
+
 def with_shorthands(arguments: list[str]) -> list[str]:
     """`model.path=X` selects model=hf, and `data.path=FILE.jsonl` selects data=jsonl, where nothing else is chosen.
 
@@ -274,7 +296,7 @@ def with_run_dir(arguments: list[str]) -> list[str]:
         return arguments
     if resume == "auto":
         latest = RUNS / "latest"
-        return [*arguments, f"run.dir={latest.resolve()}"] if latest.is_dir() else arguments
+        return [*arguments, setting("run.dir", latest.resolve())] if latest.is_dir() else arguments
     path = Path(str(resume)).expanduser()
     owner = path.parent.parent if path.name.startswith("step-") else path
-    return [*arguments, f"run.dir={owner}"]
+    return [*arguments, setting("run.dir", owner)]

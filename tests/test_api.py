@@ -1,7 +1,12 @@
 """fastgrpo from a notebook: one's own prompts and reward function in a dozen lines."""
 
+import os
+import signal
+
+import hydra
 import numpy as np
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 import fastgrpo
 from fastgrpo.config import UserError
@@ -63,10 +68,20 @@ def test_a_stopped_training_goes_on(workplace, tiny_qwen2):
     def length(completion):
         return len(completion) / 10
 
+    sent = []
+
+    def stopping(completion):
+        if completion != "0" and not sent:  # no made-up one; and a second signal would not wait for the step
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return len(completion) / 10
+
     overrides = [f"model.path={tiny_qwen2}", *SMALL, "run.dir=run"]
     prompts = [f"{i}=" for i in range(8)]
-    fastgrpo.train(prompts, reward=length, overrides=[*overrides, "train.num_steps=1"])
+    result = fastgrpo.train(prompts, reward=stopping, overrides=overrides)
+    assert result.stopped
+    assert [row["step"] for row in result.metrics] == [0, 1]
     result = fastgrpo.train(prompts, reward=length, overrides=[*overrides, "resume=auto"])
+    assert not result.stopped
     assert [row["step"] for row in result.metrics] == [0, 1, 2]
     whole = fastgrpo.train(prompts, reward=length, overrides=[*overrides, "run.dir=whole"])
     assert (result.model_path / "model.safetensors").read_bytes() == (
@@ -82,20 +97,23 @@ def test_a_stopped_training_goes_on(workplace, tiny_qwen2):
         ([{"question": "a", "answer": {1}}], [], "holds what JSON cannot (a set); give texts, numbers or lists"),
         ([{"question": "a", "answer": "1"}, {"question": "b"}], [], "line 2 has no column 'answer'"),
         (["a"], ["train.learning_rat=1"], "train.learning_rat: no such key; did you mean train.learning_rate"),
-        ([], [], "has no rows; give a file with at least one"),
+        ([], [], "prompts: an empty list; give at least one, or None for the configured data"),
+        (["a"], "train.num_steps=1", "overrides: 'train.num_steps=1' is one text; give a list of KEY=VALUE texts"),
         ([{"text": "a"}], [], "has no column 'question' (data.prompt_column); its columns are text"),
     ],
 )
 def test_mistakes_are_raised_in_one_line(prompts, overrides, message, workplace, tiny_qwen2):
+    if isinstance(overrides, list):
+        overrides = [f"model.path={tiny_qwen2}", *SMALL, *overrides]
     with pytest.raises(UserError) as error:
-        fastgrpo.train(
-            prompts, reward=lambda completion: 0.0, overrides=[f"model.path={tiny_qwen2}", *SMALL, *overrides]
-        )
+        fastgrpo.train(prompts, reward=lambda completion: 0.0, overrides=overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_without_prompts_it_trains_on_the_configured_data(workplace, tiny_qwen2):
     more = ["data=arithmetic", "data.num_problems=20", "data.eval_size=2", "run.dir=run"]
-    result = fastgrpo.train(overrides=[f"model.path={tiny_qwen2}", *SMALL, *more])
+    with hydra.initialize_config_dir(str(workplace), version_base="1.3"):  # the caller's script uses Hydra too
+        result = fastgrpo.train(overrides=[f"model.path={tiny_qwen2}", *SMALL, *more])
+        assert GlobalHydra.instance().is_initialized()
     assert len(result.metrics) == 3

@@ -493,7 +493,9 @@ def test_train_leaves_a_run_directory(call, tiny_qwen2):
     assert "  num_steps: 2\n" in Path("run/config.yaml").read_text()
 
 
-def test_runs_latest_points_to_the_newest_run(call, tiny_qwen2):
+def test_runs_latest_points_to_the_newest_run(call, tiny_qwen2, monkeypatch):
+    Path("it's a,(b)=c").mkdir()  # Hydra's grammar knows all of these
+    monkeypatch.chdir("it's a,(b)=c")
     small = [argument for argument in small_run(tiny_qwen2, "train.num_steps=1") if "run.dir" not in argument]
     assert call("train", *small, "run.dir=runs/mine/first")[0] == 0
     assert Path("runs/latest").resolve() == Path("runs/mine/first").resolve()
@@ -508,11 +510,19 @@ def test_runs_latest_points_to_the_newest_run(call, tiny_qwen2):
     assert len(list(Path("runs/mine").iterdir())) == 2
 
 
-def test_a_failed_start_does_not_take_runs_latest(call, tiny_qwen2):
+def test_a_run_that_cannot_have_runs_latest(call, tiny_qwen2, monkeypatch):
     small = [argument for argument in small_run(tiny_qwen2, "train.num_steps=1") if "run.dir" not in argument]
     assert call("train", *small, "run.dir=runs/mine/first")[0] == 0
     assert call("train", *small, "run.dir=runs/mine/second", "reward.path=nowhere.py:score")[0] == 2
     assert Path("runs/latest").resolve() == Path("runs/mine/first").resolve()
+
+    def refuse(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    code, out, _ = call("train", *small, "run.dir=runs/mine/third")
+    assert code == 0
+    assert "runs/latest does not point to this run (no links here)\n" in out
 
 
 def test_multirun_gives_each_run_its_own_directory(call, tiny_qwen2):
