@@ -130,7 +130,7 @@ def assemble(
     """Everything a run needs, closed again at the end, also after an error.
 
     ranks: this process's place in the job (ranks.join_job). reward, environment: functions in place of their paths.
-    only_evaluates: the run writes nothing, and needs held-out prompts.
+    only_evaluates: the run writes nothing, needs held-out prompts, and takes a checkpoint's policy alone.
     Raises UserError for whatever the user can mend.
     """
     run_dir = Path(config.run.dir).expanduser()
@@ -143,6 +143,8 @@ def assemble(
         console = Console(mode, num_steps=config.train.num_steps, activity=lambda: ledger.part)
         checkpoints = stack.enter_context(Checkpoints(run_dir, keep=config.checkpoint.keep, ranks=ranks))
         checkpoint = find_checkpoint(config, checkpoints, console.message)
+        if only_evaluates and config.resume != "no" and checkpoint is None:
+            raise UserError(f"resume={config.resume}: no checkpoint in {run_dir} to measure; give a run's directory")
         # What is quick to find wrong comes first: functions, then data, then weights.
         rewards = stack.enter_context(Rewards(config.reward, reward))
         responds = load_environment(config.environment, environment)
@@ -161,7 +163,9 @@ def assemble(
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
         unfinished = Unfinished(config.sampling.max_new_tokens, 1 if answers is None else config.environment.max_turns)
         state: dict[str, Any] = {"step": 0, "num_nonfinite": 0}
-        if checkpoint is not None:
+        if checkpoint is not None and only_evaluates:
+            learner.load(checkpoint.learner)
+        elif checkpoint is not None:
             state = restore(checkpoint, learner, stream, unfinished, prompts)
             unfinished.check_routed_experts(config.learner.router_replay)
             console.message(f"resuming after step {checkpoint.step} from {checkpoint.path}")
@@ -183,7 +187,7 @@ def assemble(
         described = describe(model, device_of(config)[0])
         console.banner(config.run.name, batch_algebra(config, prompts, ranks.num_ranks, described, model.config))
         # Nothing can be refused any more, so what a resumed run begins anew may go.
-        if config.resume != "no":
+        if config.resume != "no" and not only_evaluates:
             checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
         log = None
         if ranks.is_main and not only_evaluates:

@@ -85,7 +85,8 @@ def _train(
 
 
 def evaluate(config: Config) -> dict[str, float]:
-    """Held-out metrics of model.path, as a run with this configuration would measure them; {} but on the main rank.
+    """Held-out metrics of model.path, or of the checkpoint that `resume` names, as a run with this configuration would
+    measure them; {} but on the main rank.
 
     Raises UserError for what the user can mend.
     """
@@ -105,7 +106,6 @@ def _evaluate(config: Config) -> dict[str, float]:
     offload = "never" if config.learner.kind == "torch" else config.learner.offload
     config = replace(
         config,
-        resume="no",
         run=replace(config.run, console="none"),
         algorithm=AlgorithmConfig(kl_coef=0.0),  # no reference model, and no functions of the objective
         learner=replace(config.learner, offload=offload),

@@ -25,7 +25,8 @@ EXAMPLES = {
   fastgrpo train --cfg job                                         print the configuration and stop""",
     "eval": """\
   fastgrpo eval model.path=runs/latest/hf sampling.max_new_tokens=40   the quickstart's policy, greedy
-  fastgrpo eval model.path=DIR data.path=FILE.jsonl reward=gsm8k eval.num_samples=8 eval.temperature=1""",
+  fastgrpo eval model.path=DIR data.path=FILE.jsonl reward=gsm8k eval.num_samples=8 eval.temperature=1
+  fastgrpo eval model.path=DIR data.path=FILE.jsonl reward=gsm8k resume=runs/mine/checkpoints/step-000050""",
     "plan": """\
   fastgrpo plan model.path=DIR data.path=FILE.jsonl                what a step does, and whether it fits here
   fastgrpo plan model.path=DIR learner=megatron learner.tp=4 cluster.num_ranks=64 cluster.memory_gb=80""",

@@ -79,7 +79,7 @@ def train(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Measure a policy on the held-out questions."""
-    return run_hydra("eval", with_shorthands(arguments), _evaluate)
+    return run_hydra("eval", with_run_dir(with_shorthands(arguments)), _evaluate)
 
 
 def plan(arguments: list[str]) -> int:

@@ -592,6 +592,21 @@ def test_eval_measures_a_model(call, tiny_qwen2):
     assert list(Path().iterdir()) == []
 
 
+def test_eval_measures_a_checkpoint(call, tiny_qwen2):
+    small = small_run(tiny_qwen2, "eval.every=1", "checkpoint.every=1", "train.learning_rate=0.01")
+    assert call("train", *small)[0] == 0
+    measured = {row["step"]: f"{row['eval/reward']:.4f}" for row in read_jsonl("run/metrics.jsonl")}
+    assert len(set(measured.values())) == 3
+    small.remove("run.dir=run")
+    for where, step in (("run/checkpoints/step-000001", 1), ("run", 2)):
+        code, out, err = call("eval", *small, f"resume={where}")
+        assert (code, err) == (0, "")
+        assert measured[step] in out
+    assert len(list(Path("run/checkpoints").iterdir())) == 2
+    _, _, err = call("eval", *small, "resume=auto", "run.dir=other")
+    assert err == "fastgrpo: resume=auto: no checkpoint in other to measure; give a run's directory\n"
+
+
 def test_eval_without_held_out_questions_is_refused(refusal, tiny_qwen2):
     line = refusal("eval", *small_run(tiny_qwen2, "data.eval_size=0"))
     assert line == "data.eval_size=0: no held-out questions to measure on; raise it or give data.eval_path"
