@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from fastgrpo.algorithms.advantages import token_advantages
 from fastgrpo.algorithms.aggregation import token_weights
 from fastgrpo.algorithms.importance import importance_weights
@@ -23,12 +25,12 @@ class Minibatch:
 
 
 def make_minibatch(run: Run, groups: list[ScoredGroup]) -> Minibatch | None:
-    """Token weights from the mini-batch's global counts, then packed within the token budget and dealt by the time they
-    take. None, on every rank alike, where no completion carries any loss."""
+    """Token weights from the mini-batch's global counts, then laid out within the token budget, dealt by the time they
+    take, and this rank's share packed. None, on every rank alike, where no completion carries any loss."""
     config, ranks = run.config, run.learner.ranks
     rollouts = [rollout for group in groups for rollout in group.group.rollouts]
     cut = config.algorithm.mask_truncated
-    masks = [r.loss_mask & (not (cut and r.finish_reason == "length")) for r in rollouts]
+    masks = [torch.zeros_like(r.loss_mask) if cut and r.finish_reason == "length" else r.loss_mask for r in rollouts]
     weights_of = token_weights(masks, config.algorithm.aggregation, max_new_tokens=run.sampling.max_new_tokens)
     members = [(number, group, i) for number, group in enumerate(groups) for i in range(len(group.rewards))]
     sequences = [
@@ -48,13 +50,13 @@ def make_minibatch(run: Run, groups: list[ScoredGroup]) -> Minibatch | None:
     budget = config.learner.max_tokens_per_microbatch
     if ranks.num_data_ranks > 1:  # smaller ones where that lets every rank have some
         budget = min(budget, packing.fair_budget(sequences, ranks.num_data_ranks))
-    batches = packing.pack(sequences, max_tokens=budget, share_prompts=config.learner.share_prompts)
-    if not batches:
+    layouts = packing.plan(sequences, max_tokens=budget, share_prompts=config.learner.share_prompts)
+    if not layouts:
         return None
-    shares = ranks.deal(batches, cost=run.flops)
-    mine = shares[ranks.data_rank]
+    shares = ranks.deal(layouts, cost=run.flops)
+    mine = [layout.pack() for layout in shares[ranks.data_rank]]
     missing = max(map(len, shares)) - len(mine) if ranks.in_step else 0
-    return Minibatch(batches=mine + [PackedBatch.empty()] * missing, flops=sum(map(run.flops, batches)))
+    return Minibatch(batches=mine + [PackedBatch.empty()] * missing, flops=sum(map(run.flops, layouts)))
 
 
 def add_logprobs(run: Run, batches: list[PackedBatch]) -> list[PackedBatch]:

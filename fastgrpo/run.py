@@ -17,11 +17,12 @@ from fastgrpo.environment.asking import Environment
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.metrics import Ledger, MetricsLog, Sample
+from fastgrpo.models.flops import Batch
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.ranks import Ranks
 from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.protocol import Sampler
-from fastgrpo.types import LogprobContract, PackedBatch, Prompt, SamplingParams
+from fastgrpo.types import LogprobContract, Prompt, SamplingParams
 from fastgrpo.unfinished import Unfinished
 from fastgrpo.weights import Exchange
 
@@ -60,7 +61,7 @@ class Run:
     console: Console
     ledger: Ledger
     checkpoints: Checkpoints
-    flops: Callable[[PackedBatch], float]
+    flops: Callable[[Batch], float]
     """What an update needs for a batch."""
     peak_flops: float | None
     """What the device can do in a second; None where that is not known."""

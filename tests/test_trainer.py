@@ -16,6 +16,7 @@ from runs import assembled, rows_of, without_clock
 
 from fastgrpo import commands
 from fastgrpo.config import UserError
+from fastgrpo.data import packing
 from fastgrpo.help import group_choices
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.main import compose
@@ -283,8 +284,11 @@ def test_truncated_completions_stay_in_the_baseline_but_carry_no_loss(workplace,
         torch.testing.assert_close(batch.token_weights[first], 1 / (3 * batch.cu_scored.diff().float()))
 
 
-def test_microbatches_are_dealt_by_their_work(workplace, tiny_qwen2):
-    """Equally many tokens each, but a long completion's attention is more work than that of four short ones."""
+def test_microbatches_are_dealt_by_their_work(workplace, tiny_qwen2, monkeypatch):
+    """Equally many tokens each, but a long completion's attention is more work than that of four short ones. A rank
+    makes the tensors of its own, for all of them are a large job's whole step."""
+    packed, pack = [], packing.Layout.pack
+    monkeypatch.setattr(packing.Layout, "pack", lambda layout: packed.append(layout) or pack(layout))
     long, short = rewarded([41], [1.0]), rewarded([11] * 4, [1.0, 0.0, 1.0, 0.0])
     size = len(long.group.prompt.token_ids) + 40
     with assembled(*small_run(tiny_qwen2, f"learner.max_tokens_per_microbatch={size}")) as run:
@@ -295,6 +299,7 @@ def test_microbatches_are_dealt_by_their_work(workplace, tiny_qwen2):
             shares.append(make_minibatch(run, groups))
     assert [[batch.num_tokens for batch in share.batches] for share in shares] == [[size] * 2] * 2
     assert [sorted(len(batch.sequence_ids) for batch in share.batches) for share in shares] == [[1, 4]] * 2
+    assert len(packed) == sum(len(share.batches) for share in shares)
     assert shares[0].flops == shares[1].flops == sum(run.flops(batch) for share in shares for batch in share.batches)
 
 

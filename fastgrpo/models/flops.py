@@ -6,11 +6,12 @@ query and a key only where attention may look, and nothing that is computed agai
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from fastgrpo.models.shape import Shape
-from fastgrpo.types import PackedBatch
 
 PEAKS = {
     "GB200": 2.5e15,
@@ -30,7 +31,18 @@ PEAKS = {
 sheets, which print twice as many for sparse matrices."""
 
 
-def update_flops(shape: Shape, batch: PackedBatch, *, frozen: bool = False) -> float:
+class Batch(Protocol):
+    """A packed batch, or what is to become one."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_scored(self) -> int: ...
+    @property
+    def segments(self) -> Tensor: ...
+
+
+def update_flops(shape: Shape, batch: Batch, *, frozen: bool = False) -> float:
     """Forward and backward of one batch: 3 (2 P T + 2 V H N + 4 L A D pairs).
 
     P: weights of the layers' matrices that a token meets, T packed tokens, V vocabulary, H hidden size, N scored

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgrpo.data.packing import Sequence, pack
+from fastgrpo.data.packing import Sequence, pack, plan
 
 
 def sequence(number, group, prompt, tokens, weights=None):
@@ -88,7 +88,9 @@ def test_sequences_without_any_weight_cost_nothing():
 @pytest.mark.parametrize("max_tokens", [9, 12, 20, 1000])
 def test_nothing_is_lost_and_no_budget_broken(share, max_tokens):
     sequences = [sequence(i, i // 4, [10 + i // 4] * (1 + i // 4), [50 + i] * (1 + i % 5)) for i in range(12)]
-    batches = pack(sequences, max_tokens=max_tokens, share_prompts=share)
+    layouts = plan(sequences, max_tokens=max_tokens, share_prompts=share)
+    batches = [layout.pack() for layout in layouts]
+    assert [(one.num_tokens, one.num_scored) for one in layouts] == [(b.num_tokens, b.num_scored) for b in batches]
     assert all(batch.num_tokens <= max_tokens for batch in batches)
     assert sorted(i for batch in batches for i in batch.sequence_ids.tolist()) == list(range(12))
     for batch in batches:
