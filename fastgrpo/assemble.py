@@ -11,32 +11,27 @@ from typing import Any
 
 import torch
 
-from fastgrpo.algorithms.advantages import comparison
-from fastgrpo.algorithms.custom_advantage import CustomAdvantage
-from fastgrpo.algorithms.objective import objective_of
 from fastgrpo.batch_algebra import batch_algebra
 from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
-from fastgrpo.data import ALPHABET, PromptSets, PromptStream, load_prompts
-from fastgrpo.data.replies import ReplyEncoder
-from fastgrpo.environment.asking import Environment, load_environment
+from fastgrpo.data import PromptSets, PromptStream
 from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.objective import Objective
-from fastgrpo.learners import check_layout, make_learner
+from fastgrpo.learners import make_learner
 from fastgrpo.metrics import Ledger
-from fastgrpo.models import hf, tiny
+from fastgrpo.models import hf
 from fastgrpo.models.flops import peak_flops, update_flops
 from fastgrpo.models.shape import Shape
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import Plan, device_memory, make_plan
-from fastgrpo.policy import QUICKSTART_CONTEXT, config_of_model, describe, device_of, export
+from fastgrpo.policy import describe, device_of, export
 from fastgrpo.ranks import Ranks
 from fastgrpo.resume import find_checkpoint, open_log, restore
-from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.run import Run
 from fastgrpo.sampler.protocol import Sampler
-from fastgrpo.samplers import check_router_replay, make_exchange, make_sampler
+from fastgrpo.samplers import make_exchange, make_sampler
+from fastgrpo.task import load_task
 from fastgrpo.types import LogprobContract, SamplingParams
 from fastgrpo.unfinished import Unfinished
 
@@ -53,21 +48,6 @@ def check_contract(contract: LogprobContract, objective: Objective) -> None:
         raise UserError(
             f"sampling.temperature={objective.temperature}: the sampler's logprobs are of temperature "
             f"{contract.temperature}, so ratios to them would be wrong; use a sampler that reports processed logprobs"
-        )
-
-
-def check_tokens(config: Config, tokenizer: Any, prompts: PromptSets, vocab_size: int) -> None:
-    """Raise UserError for a token that the model does not have, to be read or to end a completion with."""
-    for token in config.sampling.stop_token_ids or ():
-        if not 0 <= token < vocab_size:
-            raise UserError(f"sampling.stop_token_ids={token}: the model's tokens are 0 to {vocab_size - 1}; use those")
-    read = (int(prompt.token_ids.max()) for prompt in [*prompts.train, *prompts.eval])
-    largest = max(int(tokenizer.eos_token_id), *read)
-    if largest >= vocab_size:
-        key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
-        raise UserError(
-            f"{key}={config.model.tokenizer_path or config.model.path}: its tokenizer makes token {largest}, and the "
-            f"model's are 0 to {vocab_size - 1}; give the model's own tokenizer"
         )
 
 
@@ -92,32 +72,6 @@ def set_up_torch(config: Config) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all we read is written
 
 
-def load_data(config: Config) -> tuple[Any, PromptSets]:
-    """The policy's tokenizer and the prompts. Raises UserError for what is wrong with either."""
-    if config.model.path is None:
-        tokenizer: Any = tiny.character_tokenizer(ALPHABET)
-        context = QUICKSTART_CONTEXT
-    else:
-        key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
-        tokenizer = hf.load_tokenizer(config.model.tokenizer_path or config.model.path, key)
-        context = hf.load_config(config.model.path).max_position_embeddings
-    room = context - config.max_new_tokens
-    if room < 1:
-        key = "sampling" if config.sampling.max_new_tokens == config.max_new_tokens else "eval"
-        raise UserError(
-            f"{key}.max_new_tokens={config.max_new_tokens}: the model's context of {context} tokens leaves no room "
-            "for a prompt; lower it"
-        )
-    prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_prompt_tokens=room)
-    longest = max(len(prompt.token_ids) for prompt in prompts.train) + config.sampling.max_new_tokens
-    if longest > config.learner.max_tokens_per_microbatch:
-        raise UserError(
-            f"learner.max_tokens_per_microbatch={config.learner.max_tokens_per_microbatch}: a prompt and its "
-            f"completion can have {longest} tokens; raise it to at least that"
-        )
-    return tokenizer, prompts
-
-
 @contextmanager
 def assemble(
     config: Config,
@@ -134,8 +88,6 @@ def assemble(
     Raises UserError for whatever the user can mend.
     """
     run_dir = Path(config.run.dir).expanduser()
-    objective = objective_of(config.algorithm, temperature=config.sampling.temperature)
-    compare = comparison(config.algorithm)
     set_up_torch(config)
     with ExitStack() as stack:
         ledger = Ledger(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
@@ -145,23 +97,12 @@ def assemble(
         checkpoint = find_checkpoint(config, checkpoints, console.message)
         if only_evaluates and config.resume != "no" and checkpoint is None:
             raise UserError(f"resume={config.resume}: no checkpoint in {run_dir} to measure; give a run's directory")
-        # What is quick to find wrong comes first: functions, then data, then weights.
-        rewards = stack.enter_context(Rewards(config.reward, reward))
-        responds = load_environment(config.environment, environment)
-        tokenizer, prompts = load_data(config)
-        model_config = check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=only_evaluates)
-        rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
-        if isinstance(compare, CustomAdvantage):
-            compare.check(prompts.train[0], rewards.names, config.algorithm.group_size)
-        decode = partial(tokenizer.decode, skip_special_tokens=True)
-        answers = None
-        if responds is not None:
-            encode = ReplyEncoder(config.data, tokenizer, vocab_size=model_config.vocab_size)
-            answers = stack.enter_context(Environment(config.environment, responds, encode, tokenizer))
-            answers.check(prompts.train[0])
-        learner, model, adapters = make_learner(config, tokenizer, prompts, ranks, console.message)
+        task = stack.enter_context(load_task(config, ranks, reward, environment, needs_eval_prompts=only_evaluates))
+        prompts = task.prompts
+        learner, model, adapters = make_learner(config, task.tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)
-        unfinished = Unfinished(config.sampling.max_new_tokens, 1 if answers is None else config.environment.max_turns)
+        max_turns = 1 if task.environment is None else config.environment.max_turns
+        unfinished = Unfinished(config.sampling.max_new_tokens, max_turns)
         state: dict[str, Any] = {"step": 0, "num_nonfinite": 0}
         if checkpoint is not None and only_evaluates:
             learner.load(checkpoint.learner)
@@ -175,15 +116,13 @@ def assemble(
         sampler, sampling_ranks = make_sampler(config, learner, model, adapters, prompts, plan, console.message)
         if sampler is not None:
             stack.push(partial(_close, sampler, ranks))
-        if not sampling_ranks.leads:  # nobody asks this rank's workers
-            rewards.close()
-            if answers is not None:
-                answers.close()
+        if not sampling_ranks.leads:
+            task.close_workers()
         exchange = make_exchange(config, learner, sampler, prompts, console.message)
-        sampling = sampling_params(config, hf.stop_token_ids(model, tokenizer))
+        sampling = sampling_params(config, hf.stop_token_ids(model, task.tokenizer))
         contract = ranks.from_main(None if sampler is None else sampler.contract(sampling))
         assert contract is not None  # the main rank samples
-        check_contract(contract, objective)
+        check_contract(contract, task.objective)
         described = describe(model, device_of(config)[0])
         console.banner(config.run.name, batch_algebra(config, prompts, ranks.num_ranks, described, model.config))
         # Nothing can be refused any more, so what a resumed run begins anew may go.
@@ -196,21 +135,16 @@ def assemble(
         run = Run(
             config=config,
             run_dir=run_dir,
-            objective=objective,
-            compare=compare,
+            task=task,
             sampling=sampling,
             contract=contract,
             stream=stream,
             unfinished=unfinished,
-            environment=answers,
-            eval_prompts=prompts.eval,
-            decode=decode,
             learner=learner,
             sampler=sampler,
             sampling_ranks=sampling_ranks,
             exchange=exchange,
             phases=Phases(learner, sampler, offload=plan.offload, planned=planned_bytes(plan)),
-            rewards=rewards if sampling_ranks.leads else None,
             log=log,
             console=console,
             ledger=ledger,
@@ -219,25 +153,10 @@ def assemble(
             num_nonfinite=state["num_nonfinite"],
             flops=partial(update_flops, Shape.of(model.config), frozen=adapters is not None),
             peak_flops=peak_flops(*device_of(config)),
-            export=lambda path: export(path, learner, adapters or model, tokenizer),
+            export=lambda path: export(path, learner, adapters or model, task.tokenizer),
         )
         yield run
         run.phases.enter("rollout")  # an engine is closed awake, and needs the room that it had
-
-
-def check_model(config: Config, tokenizer: Any, prompts: PromptSets, ranks: Ranks, *, needs_eval_prompts: bool) -> Any:
-    """The model's configuration. Raises UserError where model, layout, tokenizer and prompts do not go together, before
-    weights are read."""
-    if needs_eval_prompts and not prompts.eval:
-        raise UserError(
-            f"data.eval_size={config.data.eval_size}: no held-out questions to measure on; raise it or give "
-            "data.eval_path"
-        )
-    model_config = config_of_model(config, tokenizer)
-    check_layout(config, model_config, ranks.num_ranks)
-    check_router_replay(config, model_config)
-    check_tokens(config, tokenizer, prompts, model_config.vocab_size)
-    return model_config
 
 
 def plan_memory(config: Config, model_config: Any, prompts: PromptSets, ranks: Ranks) -> Plan:

@@ -124,12 +124,12 @@ def plan(config: Config) -> tuple[Plan, str]:
     fewest = math.lcm(math.lcm(learner.tp, learner.ep) * learner.cp * learner.pp, config.sampler.tp)
     num_ranks = config.cluster.num_ranks or fewest
     validate(config, num_ranks)
-    from fastgrpo.assemble import load_data
     from fastgrpo.batch_algebra import batch_algebra
     from fastgrpo.learners import check_layout
     from fastgrpo.models.shape import Shape
     from fastgrpo.plan import device_to_plan_for, make_plan, table
     from fastgrpo.policy import config_of_model
+    from fastgrpo.task import load_data
 
     tokenizer, prompts = load_data(config)
     model_config = config_of_model(config, tokenizer)

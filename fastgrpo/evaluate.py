@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrpo.conversation import conversation, told
 from fastgrpo.metrics import Sample
-from fastgrpo.rollout import draw_whole, score
+from fastgrpo.rollout import Drawing, draw_whole, score
 from fastgrpo.run import Run
 from fastgrpo.seeding import derive_seed
 from fastgrpo.stats import FAILURES
@@ -24,7 +24,7 @@ CORRECT = 1.0
 def evaluate_if_due(run: Run) -> dict[str, float]:
     """Held-out metrics at step 0, every eval.every steps and at the end; empty otherwise."""
     config, step = run.config.eval, run.step
-    if config.every == 0 or not run.eval_prompts or (step % config.every and step != run.config.train.num_steps):
+    if config.every == 0 or not run.task.prompts.eval or (step % config.every and step != run.config.train.num_steps):
         return {}
     return evaluate(run)
 
@@ -40,10 +40,11 @@ def evaluate(run: Run) -> dict[str, float]:
         max_new_tokens=config.max_new_tokens or run.sampling.max_new_tokens,
         return_routed_experts=False,
     )
-    prompts, seed = run.eval_prompts[: config.num_prompts], derive_seed(run.config.seed, "eval")
+    prompts, seed = run.task.prompts.eval[: config.num_prompts], derive_seed(run.config.seed, "eval")
+    how = Drawing(num_samples=config.num_samples, params=params, seed=seed, label=f"eval-{run.step}")
     with run.ledger("eval"), run.ledger.all_as("eval"):
-        groups, failures = score(run, draw_whole(run, prompts, config.num_samples, params, seed, f"eval-{run.step}"))
-        metrics, shown = summarize(groups, failures, run.decode, run.step)
+        groups, failures = score(run, draw_whole(run, prompts, how))
+        metrics, shown = summarize(groups, failures, run.task.decode, run.step)
     run.log_samples(shown)
     return metrics
 

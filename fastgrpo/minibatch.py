@@ -64,7 +64,7 @@ def add_logprobs(run: Run, batches: list[PackedBatch]) -> list[PackedBatch]:
 
     On-policy the current logprobs are the old ones, so only a reference or an importance weight costs a pass.
     """
-    learner, temperature = run.learner, run.objective.temperature
+    learner, temperature = run.learner, run.task.objective.temperature
     on_policy = run.config.train.updates_per_step == 1
     corrects = run.config.algorithm.importance_level != "none"
     if not on_policy or corrects:
@@ -72,7 +72,7 @@ def add_logprobs(run: Run, batches: list[PackedBatch]) -> list[PackedBatch]:
         batches = [replace(batch, old_logprobs=old) for batch, old in zip(batches, found, strict=True)]
     if corrects:
         batches = [add_importance(run, batch) if batch.num_scored else batch for batch in batches]
-    if run.objective.needs_reference:
+    if run.task.objective.needs_reference:
         found = learner.logprobs_of(batches, temperature=temperature, reference=True)
         batches = [replace(batch, ref_logprobs=reference) for batch, reference in zip(batches, found, strict=True)]
     return batches

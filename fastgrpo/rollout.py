@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +21,21 @@ from fastgrpo.unfinished import Unfinished
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How completions are drawn.
+
+    Example: Drawing(num_samples=8, params=run.sampling, seed=17, label="train-3-0")
+    """
+
+    num_samples: int
+    """Of each prompt."""
+    params: SamplingParams
+    seed: int
+    label: str
+    """What no other drawing of the run is called; the conversations' names begin with it."""
+
+
 def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
     """Sample and score this step's groups; with dynamic sampling, until enough of them have something to compare."""
     config, wanted = run.config.algorithm, run.config.train.prompts_per_step
@@ -28,12 +43,16 @@ def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
     sampled: list[ScoredGroup] = []
     counts: Counter[str] = Counter()
     for attempt in range(1 + config.max_resamples * config.dynamic_sampling):
-        seed, label = derive_seed(run.config.seed, "rollout", run.step, attempt), f"train-{run.step}-{attempt}"
+        how = Drawing(
+            num_samples=config.group_size,
+            params=run.sampling,
+            seed=derive_seed(run.config.seed, "rollout", run.step, attempt),
+            label=f"train-{run.step}-{attempt}",
+        )
         if run.config.sampler.oversample > 0:
-            drawn = draw_ahead(run, wanted, seed, label)
+            drawn = draw_ahead(run, wanted, how)
         else:
-            prompts = run.stream.take(wanted - len(groups))
-            drawn = draw_whole(run, prompts, config.group_size, run.sampling, seed, label)
+            drawn = draw_whole(run, run.stream.take(wanted - len(groups)), how)
         scored, failures = score(run, drawn)
         sampled += scored
         counts += failures
@@ -41,60 +60,48 @@ def collect(run: Run) -> tuple[list[ScoredGroup], dict[str, float]]:
         if len(groups) == wanted or not config.dynamic_sampling:
             break
     row = {**stats.of_rewards(sampled, counts), "groups/used": len(groups), "epoch": run.stream.epoch}
-    if run.environment is not None:
+    if run.task.environment is not None:
         row |= stats.of_turns(sampled)
     if run.config.sampler.oversample > 0:
         row |= stats.of_staleness(sampled, run.learner.policy_version) | {"groups/unfinished": len(run.unfinished)}
     return groups, row
 
 
-def draw_ahead(run: Run, wanted: int, seed: int, label: str) -> list[RolloutGroup]:
+def draw_ahead(run: Run, wanted: int, how: Drawing) -> list[RolloutGroup]:
     """The first `wanted` groups to be complete, of more that are drawn; the others go on in the next step.
 
     A step waits for the slowest of `wanted` groups and not for the slowest of all. Nothing is thrown away: a group that
     takes long is learned from later, and by then its first tokens are of older policies (Rollout.token_versions).
     """
     begin(run)
-    config, unfinished = run.config, run.unfinished
-    in_flight = round(wanted * (1 + config.sampler.oversample))
-    fresh = run.stream.take(max(0, in_flight - len(unfinished)))
-    return draw_until(run, unfinished, wanted, fresh, config.algorithm.group_size, run.sampling, seed, label)
+    in_flight = round(wanted * (1 + run.config.sampler.oversample))
+    fresh = run.stream.take(max(0, in_flight - len(run.unfinished)))
+    return draw_until(run, run.unfinished, wanted, fresh, how)
 
 
-def draw_whole(
-    run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int, label: str
-) -> list[RolloutGroup]:
-    """The prompts' groups, in their order, every conversation with the environment at its end.
-
-    label: what no other draw of the run is called; the conversations' names begin with it."""
+def draw_whole(run: Run, prompts: list[Prompt], how: Drawing) -> list[RolloutGroup]:
+    """The prompts' groups, in their order, every conversation with the environment at its end."""
     begin(run)
-    if run.environment is None:
-        return named(draw(run, prompts, num_samples, params, seed), label)
-    unfinished = Unfinished(params.max_new_tokens, run.config.environment.max_turns)
-    return draw_until(run, unfinished, len(prompts), prompts, num_samples, params, seed, label)
+    if run.task.environment is None:
+        return named(draw(run, prompts, how), how.label)
+    unfinished = Unfinished(how.params.max_new_tokens, run.config.environment.max_turns)
+    return draw_until(run, unfinished, len(prompts), prompts, how)
 
 
-def draw_until(
-    run: Run,
-    unfinished: Unfinished,
-    wanted: int,
-    fresh: list[Prompt],
-    num_samples: int,
-    params: SamplingParams,
-    seed: int,
-    label: str,
-) -> list[RolloutGroup]:
+def draw_until(run: Run, unfinished: Unfinished, wanted: int, fresh: list[Prompt], how: Drawing) -> list[RolloutGroup]:
     """Begin the fresh prompts and go on with all that is unfinished, until `wanted` groups are complete.
 
     In rounds of at most sampler.round_tokens a completion: a turn that has ended is answered after the round, not after
     the longest turn of all, and what is drawn with what depends on no clock.
     """
-    params = replace(params, max_new_tokens=min(run.config.sampler.round_tokens, params.max_new_tokens))
+    limit = min(run.config.sampler.round_tokens, how.params.max_new_tokens)
+    how = replace(how, params=replace(how.params, max_new_tokens=limit))
     number = 0
     while fresh or unfinished.num_complete < wanted:
-        pending = unfinished.continuations()
-        unfinished.extend(draw(run, pending, 1, params, derive_seed(seed, "round", number)))
-        unfinished.add(named(draw(run, fresh, num_samples, params, derive_seed(seed, "begin")), label))
+        going_on = replace(how, num_samples=1, seed=derive_seed(how.seed, "round", number))
+        unfinished.extend(draw(run, unfinished.continuations(), going_on))
+        beginning = replace(how, seed=derive_seed(how.seed, "begin"))
+        unfinished.add(named(draw(run, fresh, beginning), how.label))
         unfinished.reply(replies_to(run, unfinished.turns()))
         fresh, number = [], number + 1
     return unfinished.take(wanted)
@@ -118,13 +125,15 @@ def begin(run: Run) -> None:
         run.sampler.forget()
 
 
-def draw(run: Run, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int) -> list[RolloutGroup]:
+def draw(run: Run, prompts: list[Prompt], how: Drawing) -> list[RolloutGroup]:
     """The prompts' groups, in their order, on every rank: what the sampler makes of them in one go."""
     ranks = run.sampling_ranks
     with run.ledger("generate"):  # waiting for the slowest rank is part of generating
         mine: list[RolloutGroup] = []
         if run.sampler is not None:
-            mine = run.sampler.generate(prompts[ranks.data_rank :: ranks.num_data_ranks], num_samples, params, seed)
+            mine = run.sampler.generate(
+                prompts[ranks.data_rank :: ranks.num_data_ranks], how.num_samples, how.params, how.seed
+            )
         # Every rank has the prompts; a round's hold all that has been said before, and their data's other columns.
         parts = ranks.gather([{**vars(group), "prompt": None} for group in mine])
     drawn = zip(prompts, dealt_back(parts, len(prompts)), strict=True)
@@ -138,12 +147,12 @@ def dealt_back(parts: list[list[T]], count: int) -> list[T]:
 
 def replies_to(run: Run, turns: list[tuple[Prompt, Rollout]]) -> list[Reply]:
     """What the environment says to each, on every rank."""
-    if run.environment is None:
+    if run.task.environment is None:
         return []
     ranks = run.sampling_ranks
     with run.ledger("environment"):
         mine = turns[ranks.data_rank :: ranks.num_data_ranks] if ranks.leads else []
-        parts = gathered(ranks, partial(run.environment.replies, mine))
+        parts = gathered(ranks, partial(run.task.environment.replies, mine))
     return dealt_back(parts, len(turns))
 
 
@@ -153,9 +162,9 @@ def score(run: Run, groups: list[RolloutGroup]) -> tuple[list[ScoredGroup], Coun
     mine = range(ranks.data_rank, len(groups), ranks.num_data_ranks)
 
     def find() -> tuple[list[tuple[int, dict[str, Any]]], Counter[str]]:
-        if run.rewards is None:
+        if not ranks.leads:
             return [], Counter()
-        result = run.rewards.score([groups[i] for i in mine], run.decode)
+        result = run.task.rewards.score([groups[i] for i in mine], run.task.decode)
         place = {id(groups[i]): i for i in mine}
         # Every rank has the groups; only what was found out about them is sent.
         found = [(place[id(scored.group)], {**vars(scored), "group": None}) for scored in result.groups]

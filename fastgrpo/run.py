@@ -6,23 +6,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from fastgrpo.algorithms.advantages import Compare
 from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config
 from fastgrpo.console import Console
 from fastgrpo.data import PromptStream
-from fastgrpo.environment.asking import Environment
-from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.metrics import Ledger, MetricsLog, Sample
 from fastgrpo.models.flops import Batch
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.ranks import Ranks
-from fastgrpo.rewards.scoring import Rewards
 from fastgrpo.sampler.protocol import Sampler
-from fastgrpo.types import LogprobContract, Prompt, SamplingParams
+from fastgrpo.task import Task
+from fastgrpo.types import LogprobContract, SamplingParams
 from fastgrpo.unfinished import Unfinished
 from fastgrpo.weights import Exchange
 
@@ -33,29 +28,22 @@ class Run:
 
     config: Config
     run_dir: Path
-    objective: Objective
-    compare: Compare
-    """From rewards to advantages."""
+    task: Task
     sampling: SamplingParams
     contract: LogprobContract
     """What the sampler's logprobs mean, checked against the objective."""
     stream: PromptStream
     unfinished: Unfinished
     """Completions that go on in the next step; always empty with sampler.oversample=0."""
-    environment: Environment | None
-    """Answers the policy's turns; None where a completion is one turn."""
-    eval_prompts: list[Prompt]
-    decode: Callable[[Tensor], str]
     learner: Learner
     sampler: Sampler | None
     """None on ranks that do not sample."""
     sampling_ranks: Ranks
-    """Where this process stands among those that sample; its data ranks each draw their share of a step."""
+    """Where this process stands among those that sample; its data ranks each draw their share of a step. Leaders score
+    it too."""
     exchange: Exchange
     phases: Phases
     """Whose turn it is to hold the memory."""
-    rewards: Rewards | None
-    """None but on the leaders among sampling_ranks."""
     log: MetricsLog | None
     """None but on the main rank."""
     console: Console

@@ -38,7 +38,7 @@ def train(run: Run, stop: StopRequest) -> None:
         run.learner.move_reference(policy_share(config.algorithm.reference, run.step))
         share(run)
         row |= evaluate_if_due(run)
-        run.log_samples(s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.decode, run.step, "train"))
+        run.log_samples(s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.task.decode, run.step, "train"))
         # Asked once: the step that ends the loop is the one that is saved.
         stopping = stop.asked(run.learner.ranks)
         record(run, row, last=run.step == config.train.num_steps or stopping)
@@ -61,7 +61,7 @@ def compute_advantages(run: Run, groups: list[ScoredGroup]) -> list[ScoredGroup]
             "penalty": config.overlong_penalty,
         }
         groups = [replace(g, rewards=soften_overlong(g.rewards, g.group, **shape)) for g in groups]
-    return run.compare(groups)
+    return run.task.compare(groups)
 
 
 def update_policy(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
@@ -77,7 +77,7 @@ def update_policy(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
     with run.ledger("update"):
         for _ in range(config.updates_per_rollout):
             for minibatch in minibatches:
-                results.append(run.learner.update(minibatch.batches, run.objective))
+                results.append(run.learner.update(minibatch.batches, run.task.objective))
                 refuse_divergence(run, results[-1], minibatch.batches)
     row = stats.of_updates(results, comparable=not run.contract.renormalized)
     return row | {"tflop": config.updates_per_rollout * sum(m.flops for m in minibatches) / 1e12}

@@ -23,7 +23,7 @@ from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import make_minibatch
 from fastgrpo.parcel import pack
 from fastgrpo.ranks import Ranks
-from fastgrpo.rollout import collect, draw_whole, replies_to, score
+from fastgrpo.rollout import Drawing, collect, draw_whole, replies_to, score
 from fastgrpo.samplers import make_sampler
 from fastgrpo.trainer import compute_advantages
 
@@ -55,7 +55,7 @@ def test_completions_are_conversations(workplace, tiny_qwen2, round_tokens):
             size = len(rollout.token_ids)
             assert size == len(rollout.loss_mask) == len(rollout.sampler_logprobs) <= 24
             assert rollout.finish_reason == "stop" or size == 24
-            messages = conversation(rollout, run.decode)
+            messages = conversation(rollout, run.task.decode)
             assert len(rollout.turn_ends) == sum(message["role"] == "assistant" for message in messages)
             ends = rollout.loss_mask & ~torch.cat([rollout.loss_mask[1:], torch.tensor([False])])
             assert rollout.turn_ends == ends.nonzero().flatten().tolist()
@@ -64,7 +64,7 @@ def test_completions_are_conversations(workplace, tiny_qwen2, round_tokens):
                 assert turn["role"] == "assistant"
                 assert told == {"role": "user", "content": f"<{len(turn['content'])}/{number + 1}>"}
                 assert not rollout.loss_mask[reply.start : reply.end].any()
-                assert run.decode(rollout.token_ids[reply.start : reply.end]) == told["content"]
+                assert run.task.decode(rollout.token_ids[reply.start : reply.end]) == told["content"]
             told = sum(min(reply.end, size) - reply.start for reply in rollout.replies)
             assert int(rollout.loss_mask.sum()) == size - told
         assert row["turns/max"] == max(rollout.num_turns for rollout in rollouts) > row["turns/mean"] > 1
@@ -107,7 +107,7 @@ def test_a_rounds_size_changes_no_conversation(workplace, tiny_qwen2):
         prompts, greedy, found = run.stream.take(40), replace(run.sampling, temperature=0.0), []
         for round_tokens in (256, 5, 1):
             run.config.sampler.round_tokens = round_tokens
-            groups = draw_whole(run, prompts, 1, greedy, seed=0, label="test")
+            groups = draw_whole(run, prompts, Drawing(num_samples=1, params=greedy, seed=0, label="test"))
             assert [g.prompt.prompt_id for g in groups] == [p.prompt_id for p in prompts]
             rollouts = [g.rollouts[0] for g in groups]
             found.append([(r.token_ids.tolist(), r.loss_mask.tolist(), r.num_turns, r.finish_reason) for r in rollouts])
@@ -120,8 +120,7 @@ def test_a_rank_that_nobody_asks_has_no_workers(workplace, tiny_qwen2, monkeypat
         return make_sampler(*of)[0], Ranks(leads=False)
 
     monkeypatch.setattr("fastgrpo.assemble.make_sampler", make)
-    with assembled(*options_of(tiny_qwen2), "environment.num_workers=1", "reward.num_workers=1") as run:
-        assert run.rewards is None
+    with assembled(*options_of(tiny_qwen2), "environment.num_workers=1", "reward.num_workers=1"):
         assert multiprocessing.active_children() == []
 
 
@@ -135,7 +134,7 @@ def test_ranks_tell_each_other_what_was_drawn_and_not_what_all_know(workplace, t
     with assembled(*options_of(tiny_qwen2)) as run:
         run.sampling_ranks = Telling()
         prompts = [replace(prompt, metadata={"tests": "x" * 1000}) for prompt in run.stream.take(2)]
-        groups = draw_whole(run, prompts, 4, run.sampling, seed=0, label="test")
+        groups = draw_whole(run, prompts, Drawing(num_samples=4, params=run.sampling, seed=0, label="test"))
     assert [group.prompt for group in groups] == prompts
     assert len(told) > 2
     assert not any(b"x" * 1000 in message for message in told)
@@ -172,7 +171,8 @@ def test_what_one_ranks_function_does_wrong_ends_all_ranks_with_its_line():
     def ask(rank):
         asked = SimpleNamespace(replies=partial(fails_on_rank_1, rank), score=partial(fails_on_rank_1, rank))
         ranks = Meeting(rank=rank, num_ranks=2, data_rank=rank, num_data_ranks=2)
-        run = SimpleNamespace(environment=asked, rewards=asked, decode=None, sampling_ranks=ranks, ledger=nullcontext)
+        task = SimpleNamespace(environment=asked, rewards=asked, decode=None)
+        run = SimpleNamespace(task=task, sampling_ranks=ranks, ledger=nullcontext)
         lines = []
         for exchange in (replies_to, score):
             with pytest.raises(UserError) as raised:

@@ -155,7 +155,8 @@ CONFIGURATION = {
     ),
     "objective": (
         "algorithm.surrogate=ppo",
-        "algorithm.surrogate=ppo: choose one of clip, cispo, sapo, reinforce, or name a function of your own: FILE.py:FUNCTION",
+        "algorithm.surrogate=ppo: choose one of clip, cispo, sapo, reinforce, or name a function of your own: "
+        "FILE.py:FUNCTION",
     ),
     "floor without a mask": (
         "algorithm.importance_floor=0.5",

@@ -67,8 +67,8 @@ def test_every_algorithm_learns_from_two_steps(algorithm, workplace, tiny_qwen2)
     with assembled(*small_run(tiny_qwen2, f"algorithm={algorithm}")) as run:
         before, seen = policy_of(run), updates_of(run)
         train(run, StopRequest(print))
-        assert run.objective == SURROGATES[algorithm]
-        assert (run.learner.reference is None) == (run.objective.kl_coef == 0)
+        assert run.task.objective == SURROGATES[algorithm]
+        assert (run.learner.reference is None) == (run.task.objective.kl_coef == 0)
         assert [result.policy_version for _, result in seen] == [1, 2]
         assert all(batch.old_logprobs is None for batches, _ in seen for batch in batches)  # on-policy
         assert not equal(before, policy_of(run))
@@ -78,7 +78,7 @@ def test_every_algorithm_learns_from_two_steps(algorithm, workplace, tiny_qwen2)
         assert row["grad_norm"] > 0
         assert row["ratio/mean"] == 1.0
         assert row["updates/skipped"] == 0
-    assert ("kl" in first) == (run.objective.kl_coef > 0)
+    assert ("kl" in first) == (run.task.objective.kl_coef > 0)
 
 
 def test_functions_of_ones_own_stand_for_the_built_in_ones(workplace, tiny_qwen2):
@@ -206,7 +206,7 @@ def test_the_kl_of_a_refreshed_reference_starts_again_from_nothing(workplace, ti
 def test_dynamic_sampling_replaces_constant_groups_and_counts_them(workplace, tiny_qwen2):
     more = ["algorithm.dynamic_sampling=true", "algorithm.max_resamples=20", "train.num_steps=3"]
     with assembled(*small_run(tiny_qwen2, *more, reward="varied_if_odd")) as run:
-        seen, scored, score = updates_of(run), [], run.rewards.score
+        seen, scored, score = updates_of(run), [], run.task.rewards.score
 
         def noting(groups, decode):
             result = score(groups, decode)
@@ -215,7 +215,7 @@ def test_dynamic_sampling_replaces_constant_groups_and_counts_them(workplace, ti
 
         train(run, StopRequest(print))
         taken = run.stream.state_dict()["position"]
-        run.rewards.score = noting
+        run.task.rewards.score = noting
     rows = read_jsonl("run/metrics.jsonl")[1:]
     assert [row["groups/used"] for row in rows] == [4, 4, 4]
     assert sum(row["groups/sampled"] for row in rows) == taken > 12
@@ -418,7 +418,7 @@ def test_a_reward_that_raises_is_counted(policy, workplace, tiny_qwen2):
     overrides = small_run(tiny_qwen2, *ONE_STEP, f"reward.on_error={policy}", reward="raises_if_even")
     with assembled(*overrides) as run:
         even = sum(answer % 2 == 0 for answer in problems(run))
-        even_eval = sum(int(prompt.answer) % 2 == 0 for prompt in run.eval_prompts)
+        even_eval = sum(int(prompt.answer) % 2 == 0 for prompt in run.task.prompts.eval)
         train(run, StopRequest(print))
     assert 0 < even < 8
     assert 0 < even_eval < 4
@@ -450,7 +450,7 @@ def test_a_reward_that_hangs_is_ended_and_counted(policy, workplace, tiny_qwen2)
 def test_an_evaluation_whose_every_reward_fails_says_only_that(workplace, tiny_qwen2):
     overrides = small_run(tiny_qwen2, "reward.on_error=drop", "train.num_steps=1", reward="raises_if_even")
     with assembled(*overrides, "eval.num_prompts=1") as run:
-        run.eval_prompts[0] = replace(run.eval_prompts[0], answer="2")
+        run.task.prompts.eval[0] = replace(run.task.prompts.eval[0], answer="2")
         train(run, StopRequest(print))
     start = read_jsonl("run/metrics.jsonl")[0]
     assert {key: value for key, value in start.items() if key.startswith("eval/")} == {

@@ -10,7 +10,7 @@ from runs import assembled, without_clock
 
 from fastgrpo.config import UserError
 from fastgrpo.metrics import read_jsonl
-from fastgrpo.rollout import collect, draw
+from fastgrpo.rollout import Drawing, collect, draw
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import train
 from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup
@@ -264,7 +264,7 @@ def test_a_continuation_is_drawn_from_the_same_distribution(workplace, tiny_qwen
                 ids = torch.cat([g.group.prompt.token_ids, r.token_ids])
                 scored = run.sampler.score(ids)[len(g.group.prompt.token_ids) - 1 :]
                 torch.testing.assert_close(scored, r.sampler_logprobs, atol=2e-5, rtol=0)
-        assert draw(run, [], 1, run.sampling, 0) == []
+        assert draw(run, [], Drawing(num_samples=1, params=run.sampling, seed=0, label="test")) == []
 
 
 def test_a_run_that_oversamples_resumes_bit_by_bit(workplace, tiny_qwen2):

@@ -33,8 +33,8 @@ def _text(message: dict[str, Any], place: str) -> str | None:
     if isinstance(content, str) or (content is None and message.get("tool_calls")):
         return content
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("type") == "text" and "text" in part]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{place}: its content is {content!r:.60}, and models here read text alone; give a text")
     return "".join(texts)
 

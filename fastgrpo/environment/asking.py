@@ -14,7 +14,7 @@ from fastgrpo.conversation import CHECK, Message, conversation, last_turn
 from fastgrpo.environment.contract import OFFERED, normalize, plain
 from fastgrpo.functions.binding import arguments_of
 from fastgrpo.functions.contract import Failure, Unusable, UserFunction
-from fastgrpo.functions.loading import describe, load_function, name_of
+from fastgrpo.functions.loading import describe, load_function
 from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor
 from fastgrpo.types import Prompt, Reply, Rollout
 
@@ -24,18 +24,19 @@ Encode = Callable[[Sequence[Message], int, str], Tensor]
 
 
 def load_environment(config: EnvironmentConfig, function: Callable[..., Any] | None = None) -> UserFunction | None:
-    """The configured function, or `function` in its place; None where there is neither. Raises UserError where it does
-    not load, or does not ask for what the contract offers."""
-    key, path = PATH_KEY, config.path
-    if function is not None:
-        key, path = "environment", name_of(function, "environment")
-    elif path is not None:
-        function = load_function(path, key)
-    if function is None or path is None:
+    """The configured function, None without a path; `function` in its place, whose name the path then is. Raises
+    UserError where it does not load, or does not ask for what the contract offers."""
+    if config.path is None:
         return None
+    key = PATH_KEY if function is None else "environment"
     contract = OFFERED, normalize
     return describe(
-        function, path=path, key=key, kwargs=config.kwargs, reserved=OFFERED, contract=lambda names: contract
+        function or load_function(config.path, key),
+        path=config.path,
+        key=key,
+        kwargs=config.kwargs,
+        reserved=OFFERED,
+        contract=lambda names: contract,
     )
 
 

@@ -55,7 +55,7 @@ def math(completion: str, answer: Any) -> float:
     except ModuleNotFoundError:
         raise UserError("the reward `math` needs math-verify: pip install math-verify") from None
     if answer is None:
-        raise ValueError("the row has no reference answer")
+        raise UserError("the reward `math` compares with an answer, and this row has none; set data.answer_column")
     given, boxed = _boxed(completion), _boxed(str(answer))
     expected = str(answer) if boxed is None else boxed
     if given is None:

@@ -121,7 +121,7 @@ def gradients_of_an_update(run, groups) -> dict[str, torch.Tensor]:
         return torch.tensor(1.0)
 
     run.learner.optimizer.clip_grad_norm = note
-    run.learner.update(make_minibatch(run, groups).batches, run.objective)
+    run.learner.update(make_minibatch(run, groups).batches, run.task.objective)
     return found
 
 

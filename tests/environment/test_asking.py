@@ -1,12 +1,14 @@
 """Environments: what their functions are given, what may come back, and what happens where they fail."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastgrpo.config import EnvironmentConfig, UserError
 from fastgrpo.environment.asking import Environment, load_environment
+from fastgrpo.functions.loading import name_of
 from fastgrpo.types import Prompt, Reply, Rollout
 
 END = 0
@@ -42,6 +44,8 @@ def said(text, *replies, prompt_id="train/3", **metadata):
 
 
 def opened(config, function=None):
+    if function is not None:
+        config = replace(config, path=name_of(function, "environment"))
     return Environment(config, load_environment(config, function), encode, Characters())
 
 

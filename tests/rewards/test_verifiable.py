@@ -179,7 +179,7 @@ def test_math_reads_the_boxes_of_published_solutions(solution, reward):
 
 def test_math_refuses_a_row_without_a_reference():
     pytest.importorskip("math_verify")
-    with pytest.raises(ValueError, match="the row has no reference answer"):
+    with pytest.raises(UserError, match="compares with an answer, and this row has none"):
         math(r"\boxed{5}", None)
 
 
