@@ -237,6 +237,9 @@ class AlgorithmConfig:
     """Multiply the KL estimate by the ratio: an unbiased gradient off-policy."""
     entropy_coef: float = 0.0
     """A bonus for entropy."""
+    top_entropy_quantile: float = 1.0
+    """Below 1, only this share of an update's tokens, those of the most undecided next-token distributions, learn the
+    advantage (0.2 in arXiv 2506.01939); the others keep their KL and entropy terms, and count in every mean."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     importance_level: str = "none"
     """none | token | sequence: importance weights from the sampler's to the learner's probabilities."""

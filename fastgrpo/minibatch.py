@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fastgrpo.algorithms.advantages import token_advantages
 from fastgrpo.algorithms.aggregation import token_weights
 from fastgrpo.algorithms.importance import importance_weights
 from fastgrpo.data import packing
+from fastgrpo.ranks import Ranks
 from fastgrpo.run import Run
 from fastgrpo.types import PackedBatch, ScoredGroup
 
@@ -22,6 +25,8 @@ class Minibatch:
     """This data rank's micro-batches."""
     flops: float
     """What an update needs for those of all data ranks together."""
+    entropy_threshold: float | None = None
+    """Below it tokens learn no advantage (algorithm.top_entropy_quantile)."""
 
 
 def make_minibatch(run: Run, groups: list[ScoredGroup]) -> Minibatch | None:
@@ -59,23 +64,40 @@ def make_minibatch(run: Run, groups: list[ScoredGroup]) -> Minibatch | None:
     return Minibatch(batches=mine + [PackedBatch.empty()] * missing, flops=sum(map(run.flops, layouts)))
 
 
-def add_logprobs(run: Run, batches: list[PackedBatch]) -> list[PackedBatch]:
-    """The batches with the logprobs that their objective needs from before the update, and no forward pass more.
+def add_logprobs(run: Run, minibatch: Minibatch) -> Minibatch:
+    """The mini-batch with what its objective needs from before the update, and no forward pass more.
 
-    On-policy the current logprobs are the old ones, so only a reference or an importance weight costs a pass.
+    On-policy the current logprobs are the old ones, so only a reference, an importance weight or entropies cost a pass.
     """
-    learner, temperature = run.learner, run.task.objective.temperature
-    on_policy = run.config.train.updates_per_step == 1
-    corrects = run.config.algorithm.importance_level != "none"
-    if not on_policy or corrects:
+    learner, temperature, algorithm = run.learner, run.task.objective.temperature, run.config.algorithm
+    batches, threshold = minibatch.batches, None
+    on_policy, corrects = run.config.train.updates_per_step == 1, algorithm.importance_level != "none"
+    picks = algorithm.top_entropy_quantile < 1
+    if picks:
+        found, entropies = learner.logprobs_and_entropies(batches, temperature=temperature)
+        threshold = top_threshold(learner.ranks, entropies, algorithm.top_entropy_quantile)
+        batches = [keep_undecided(*pair, threshold) for pair in zip(batches, entropies, strict=True)]
+    elif not on_policy or corrects:
         found = learner.logprobs_of(batches, temperature=temperature)
+    if not on_policy or corrects:
         batches = [replace(batch, old_logprobs=old) for batch, old in zip(batches, found, strict=True)]
     if corrects:
         batches = [add_importance(run, batch) if batch.num_scored else batch for batch in batches]
     if run.task.objective.needs_reference:
         found = learner.logprobs_of(batches, temperature=temperature, reference=True)
         batches = [replace(batch, ref_logprobs=reference) for batch, reference in zip(batches, found, strict=True)]
-    return batches
+    return replace(minibatch, batches=batches, entropy_threshold=threshold)
+
+
+def top_threshold(ranks: Ranks, entropies: list[Tensor], share: float) -> float:
+    """The entropy that a share of all data ranks' tokens reach; of each entry (N,), with N as the batch has."""
+    every = torch.cat([part for part in ranks.gather(torch.cat([torch.empty(0), *entropies])) if len(part)])
+    return every.kthvalue(len(every) - math.ceil(share * len(every)) + 1).values.item()
+
+
+def keep_undecided(batch: PackedBatch, entropies: Tensor, threshold: float) -> PackedBatch:
+    """The batch with an advantage of 0 where the policy was surer of the next token."""
+    return replace(batch, advantages=torch.where(entropies >= threshold, batch.advantages, 0.0))
 
 
 def add_importance(run: Run, batch: PackedBatch) -> PackedBatch:

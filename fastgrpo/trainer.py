@@ -72,7 +72,7 @@ def update_policy(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
     run.enter("train")
     with run.ledger("logprobs"):
         packed = [minibatch for chunk in chunks if (minibatch := make_minibatch(run, chunk)) is not None]
-        minibatches = [replace(m, batches=add_logprobs(run, m.batches)) for m in packed]
+        minibatches = [add_logprobs(run, minibatch) for minibatch in packed]
     results: list[StepResult] = []
     with run.ledger("update"):
         for _ in range(config.updates_per_rollout):
@@ -80,6 +80,9 @@ def update_policy(run: Run, groups: list[ScoredGroup]) -> dict[str, float]:
                 results.append(run.learner.update(minibatch.batches, run.task.objective))
                 refuse_divergence(run, results[-1], minibatch.batches)
     row = stats.of_updates(results, comparable=not run.contract.renormalized)
+    thresholds = [m.entropy_threshold for m in minibatches if m.entropy_threshold is not None]
+    if thresholds:
+        row["entropy/threshold"] = sum(thresholds) / len(thresholds)
     return row | {"tflop": config.updates_per_rollout * sum(m.flops for m in minibatches) / 1e12}
 
 

@@ -120,12 +120,14 @@ _ABOVE_ZERO = (
     "train.max_grad_norm",
     "train.adam_eps",
     "algorithm.importance_cap",
+    "algorithm.top_entropy_quantile",
     "model.lora.alpha",
     "reward.timeout_s",
     "environment.timeout_s",
     "cluster.memory_gb",
 )
 _SHARES = (
+    "algorithm.top_entropy_quantile",
     "sampling.top_p",
     "train.adam_beta1",
     "train.adam_beta2",

@@ -21,7 +21,7 @@ from fastgrpo.help import group_choices
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.main import compose
 from fastgrpo.metrics import read_jsonl
-from fastgrpo.minibatch import add_logprobs, make_minibatch
+from fastgrpo.minibatch import Minibatch, add_logprobs, make_minibatch
 from fastgrpo.ranks import Ranks
 from fastgrpo.samplers import make_sampler
 from fastgrpo.signals import StopRequest
@@ -103,6 +103,35 @@ def test_a_surrogate_is_not_given_renormalised_probabilities(workplace, tiny_qwe
         assembled(*small_run(tiny_qwen2, "algorithm.surrogate=mine.py:f", "sampling.top_p=0.9")),
     ):
         pass
+
+
+def test_only_the_most_undecided_tokens_learn_the_advantage(workplace, tiny_qwen2):
+    """A quarter of each update's, over all of its micro-batches; the old logprobs are of the same pass."""
+    more = ["algorithm.top_entropy_quantile=0.25", "learner.max_tokens_per_microbatch=40", "train.num_minibatches=2"]
+    with assembled(*small_run(tiny_qwen2, *more, "train.num_steps=1")) as run:
+        passes, look = [], run.learner.logprobs_and_entropies
+
+        def noting(batches, *, temperature):
+            passes.append((batches, *look(batches, temperature=temperature)))
+            return passes[-1][1:]
+
+        run.learner.logprobs_and_entropies = noting
+        seen = updates_of(run)
+        train(run, StopRequest(print))
+    assert len(passes) == len(seen) == 2
+    thresholds = []
+    for (before, logprobs, entropies), (batches, _) in zip(passes, seen, strict=True):
+        assert len(batches) > 1
+        assert equal(logprobs, [batch.old_logprobs for batch in batches])
+        entropy = torch.cat(entropies)
+        kept = math.ceil(len(entropy) / 4)
+        thresholds.append(entropy.sort(descending=True).values[kept - 1].item())
+        advantages = torch.cat([batch.advantages for batch in before])
+        learned = torch.cat([batch.advantages for batch in batches])
+        assert torch.equal(learned, torch.where(entropy >= thresholds[-1], advantages, 0.0))
+        assert 0 < (learned != 0).sum() <= kept < (advantages != 0).sum()
+    row = read_jsonl("run/metrics.jsonl")[1]
+    assert row["entropy/threshold"] == pytest.approx(statistics.mean(thresholds))
 
 
 def test_the_sampler_draws_from_the_newest_weights(workplace, tiny_qwen2):
@@ -349,7 +378,8 @@ def test_importance_weights_are_of_a_token_or_of_its_sequence(level, workplace, 
     with assembled(*small_run(tiny_qwen2, *more)) as run:
         (batch,) = make_minibatch(run, compute_advantages(run, [rewarded([2, 5], [1.0, 0.0])])).batches
         policy = run.learner.logprobs(batch, temperature=1.0)
-        (batch,) = add_logprobs(run, [replace(batch, sampler_logprobs=policy - 0.25)])
+        batch = replace(batch, sampler_logprobs=policy - 0.25)
+        (batch,) = add_logprobs(run, Minibatch(batches=[batch], flops=0.0)).batches
     assert torch.equal(batch.old_logprobs, policy)
     torch.testing.assert_close(batch.importance_weights, torch.tensor(IMPORTANCE[level]), atol=1e-5, rtol=1e-5)
 
@@ -548,7 +578,12 @@ def test_every_row_has_the_documented_keys_and_times_that_add_up(workplace, tiny
 def test_metrics_md_names_every_metric(workplace, tmp_path):
     documented = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     more = ["sampler.oversample=0.5", "sampler.round_tokens=2", "algorithm.importance_level=token"]
-    more += ["eval.num_samples=4", "eval.temperature=1", "reward.extra.x.path=fastgrpo.rewards.verifiable:exact_match"]
+    more += [
+        "algorithm.top_entropy_quantile=0.5",
+        "eval.num_samples=4",
+        "eval.temperature=1",
+        "reward.extra.x.path=fastgrpo.rewards.verifiable:exact_match",
+    ]
     rows = rows_of(
         *small_run(
             save_tiny_model(tmp_path / "moe", "qwen3_moe"), "learner.router_replay=true", "train.num_steps=3", *more

@@ -47,6 +47,13 @@ class Learner(Protocol):
         """`logprobs` of each; of many at once no slower, and much faster where a batch passes through a pipeline."""
         ...
 
+    def logprobs_and_entropies(
+        self, batches: Sequence[PackedBatch], *, temperature: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The policy's `logprobs_of` the batches, and from the same pass the entropies of the distributions that their
+        tokens are drawn from, (N,) float32 each."""
+        ...
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy under its Hugging Face names, one whole tensor at a time; all ranks go through it together."""
         ...

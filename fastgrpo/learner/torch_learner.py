@@ -101,29 +101,44 @@ class TorchLearner:
     def logprobs_of(
         self, batches: Sequence[PackedBatch], *, temperature: float, reference: bool = False
     ) -> list[Tensor]:
-        """See Learner.logprobs_of: read once, so that no batch waits for the one before."""
-        if not batches:
-            return []
+        """See Learner.logprobs_of."""
         if reference:  # a policy of its own, which routes by itself
             batches = [replace(batch, routed_experts=None) for batch in batches]
             if self.adapters is not None:
                 with self.adapters.disabled():
-                    return self.logprobs_of(batches, temperature=temperature)
+                    return self._looked_at(self.model, batches, temperature)[0]
         model = self.reference if reference else self.model
         assert model is not None, "no reference model was loaded"
+        return self._looked_at(model, batches, temperature)[0]
+
+    @torch.no_grad()
+    def logprobs_and_entropies(
+        self, batches: Sequence[PackedBatch], *, temperature: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See Learner.logprobs_and_entropies."""
+        logprobs, entropies = self._looked_at(self.model, batches, temperature, entropy=True)
+        return logprobs, entropies
+
+    def _looked_at(
+        self, model: CausalLM, batches: Sequence[PackedBatch], temperature: float, *, entropy: bool = False
+    ) -> list[list[Tensor]]:
+        """The batches' logprobs, and their entropies; read once, so that no batch waits for the one before."""
+        if not batches:
+            return [[], []]
         was_training = model.training
         model.eval()
-        result = torch.cat([self._logprobs(model, batch.to(self.model.device), temperature) for batch in batches])
+        found = [self._look(model, batch.to(self.model.device), temperature, entropy) for batch in batches]
         model.train(was_training)
-        return list(result.cpu().split([batch.num_scored for batch in batches]))
+        counts = [batch.num_scored for batch in batches]
+        return [list(values.split(counts)) for values in torch.cat(found, 1).cpu()]
 
-    def _logprobs(self, model: CausalLM, batch: PackedBatch, temperature: float) -> Tensor:
-        """(N,) on the device."""
+    def _look(self, model: CausalLM, batch: PackedBatch, temperature: float, entropy: bool) -> Tensor:
+        """(1, N) logprobs, or (2, N) with the entropies, on the device."""
         with nullcontext() if self.routers is None else self.routers.replaying(batch):
             hidden = self._scored_hidden(model, batch)
-        result = linear_logprobs(hidden, model.lm_head.weight, batch.targets, temperature=temperature)
-        assert isinstance(result, Tensor)  # a pair only with entropy=True
-        return result
+        head, targets = model.lm_head.weight, batch.targets
+        found = linear_logprobs(hidden, head, targets, temperature=temperature, entropy=entropy)
+        return found[None] if isinstance(found, Tensor) else torch.stack(found)
 
     def _watched(self, batches: Iterable[PackedBatch]) -> Iterable[PackedBatch]:
         """The batches, while the routers of a mixture of experts are told which one is computed."""

@@ -36,19 +36,26 @@ def policy_loss(
 
 
 def logprobs(
-    model: HiddenStatesModel, hidden: Tensor, batch: PackedBatch, temperature: float, parallel: Parallel
+    model: HiddenStatesModel,
+    hidden: Tensor,
+    batch: PackedBatch,
+    temperature: float,
+    parallel: Parallel,
+    *,
+    entropy: bool = False,
 ) -> Tensor:
-    """(N,) float32 logprobs of the scored tokens, the same on every tensor-parallel rank; hidden as in policy_loss."""
-    result = linear_logprobs(
+    """(1, N) float32 logprobs of the scored tokens, or (2, N) with the entropies, the same on every tensor-parallel
+    rank; hidden as in policy_loss."""
+    found = linear_logprobs(
         scored_rows(hidden, batch, parallel),
         model.head_weight,
         batch.targets,
         temperature=temperature,
+        entropy=entropy,
         tp_group=_split(parallel),
         vocab_size=model.architecture.vocab_size,
     )
-    assert isinstance(result, Tensor)
-    return result
+    return found[None] if isinstance(found, Tensor) else torch.stack(found)
 
 
 def scored_rows(hidden: Tensor, batch: PackedBatch, parallel: Parallel) -> Tensor:

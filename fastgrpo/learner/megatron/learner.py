@@ -180,31 +180,51 @@ class MegatronLearner:
     def logprobs_of(
         self, batches: Sequence[PackedBatch], *, temperature: float, reference: bool = False
     ) -> list[Tensor]:
-        """See Learner.logprobs_of: one schedule, so that a pipeline is filled and emptied once."""
-        if not batches:
-            return []
+        """See Learner.logprobs_of."""
         is_base = reference and self.policy[0].architecture.adapters is not None
         chunks = self.reference if reference and not is_base else self.policy
         assert chunks is not None, "no reference model was loaded"
         if reference:  # a policy of its own, which routes by itself
             batches = [replace(batch, routed_experts=None) for batch in batches]
+        with lora.disabled(chunks) if is_base else nullcontext():
+            return self._looked_at(chunks, batches, temperature)[0]
+
+    @torch.no_grad()
+    def logprobs_and_entropies(
+        self, batches: Sequence[PackedBatch], *, temperature: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See Learner.logprobs_and_entropies."""
+        logprobs, entropies = self._looked_at(self.policy, batches, temperature, entropy=True)
+        return logprobs, entropies
+
+    def _looked_at(
+        self, chunks: list[Any], batches: Sequence[PackedBatch], temperature: float, *, entropy: bool = False
+    ) -> list[list[Tensor]]:
+        """The batches' logprobs, and their entropies: one schedule, so that a pipeline is filled and emptied once."""
+        if not batches:
+            return [[], []]
         micro_batches = prepare(batches, self.parallel, self.device)
-        of_batch = {id(item.batch): torch.zeros(item.batch.num_scored, device=self.device) for item in micro_batches}
+        num_kinds = 2 if entropy else 1
+        of_batch = {
+            id(item.batch): torch.zeros(num_kinds, item.batch.num_scored, device=self.device) for item in micro_batches
+        }
 
         def keep(model: HiddenStatesModel, batch: PackedBatch, hidden: Tensor, **_: Any) -> None:
             share, place = scored_share(batch, self.parallel, whole_sequences=False)
-            of_batch[id(batch)][place] = head.logprobs(model, hidden, share, temperature, self.parallel)
+            found = head.logprobs(model, hidden, share, temperature, self.parallel, entropy=entropy)
+            of_batch[id(batch)][:, place] = found
 
         for chunk in chunks:
             chunk.eval()
-        with megatron_on_cpu(), lora.disabled(chunks) if is_base else nullcontext():
+        with megatron_on_cpu():
             self._run(chunks, micro_batches, keep, forward_only=True)
-        result = torch.cat(list(of_batch.values()))
+        result = torch.cat(list(of_batch.values()), 1)
         if self.parallel.layout.cp > 1:
             dist.all_reduce(result, group=self.parallel.cp_group)  # every rank has filled its share
         if self.parallel.layout.pp > 1:
             dist.broadcast(result, src=self.parallel.last_stage, group=self.parallel.pp_group)
-        return list(result.cpu().split([batch.num_scored for batch in batches]))
+        counts = [batch.num_scored for batch in batches]
+        return [list(values.split(counts)) for values in result.cpu()]
 
     def _run(
         self, chunks: list[Any], micro_batches: list[MicroBatch], of_hidden: LossFunction, *, forward_only: bool = False

@@ -23,13 +23,14 @@ CUTS = {
 
 
 def settings(model: str, *more: str) -> list[str]:
-    """Two steps of two updates each on ragged completions, of several micro-batches, with a reference and token means:
-    every weight of a token depends on all ranks' counts."""
+    """Two steps of two updates each on ragged completions, of several micro-batches, with a reference, token means
+    and the most undecided tokens: every weight of a token, and whether it learns, depends on all ranks' tokens."""
     return small_run(
         model,
         "learner.max_tokens_per_microbatch=64",
         "algorithm.aggregation=token_mean",
         "algorithm.kl_coef=0.05",
+        "algorithm.top_entropy_quantile=0.6",
         "train.num_minibatches=2",
         "train.adam_eps=1e-4",  # or a gradient that is rounding alone would be a whole step
         "train.weight_decay=0.1",
