@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fastgrpo.metrics import PARTS
@@ -50,7 +51,8 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """mode is run.console; activity names what the run is doing now, for the live display."""
-        self._stream = stream or sys.stdout
+        self._stream = stream or sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (a service may have no stdout)
+        self._stderr = sys.stderr
         self.mode = ("live" if _can_draw(self._stream) else "plain") if mode == "auto" else mode
         self._num_steps = num_steps
         self._activity = activity
@@ -72,10 +74,11 @@ class Console:
         """Show a notice, above the live display where there is one."""
         if self.mode == "none":
             return
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            self._write(text)
+        with self._going_on_unseen():
+            if self._live is not None:
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                self._write(text)
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Show a row of metrics.jsonl; keys that are missing are left out."""
@@ -83,10 +86,11 @@ class Console:
         self._rows = (*self._rows, row)[-max(NUM_RECENT, NUM_SPARK) :]
         if row.get("eval/accuracy") is not None:
             self._accuracies = (*self._accuracies, (row["step"], row["eval/accuracy"]))
-        if self._live is not None:
-            self._live.refresh()
-        elif self.mode != "none":
-            self._write(self._plain_line(row))
+        with self._going_on_unseen():
+            if self._live is not None:
+                self._live.refresh()
+            elif self.mode != "none":
+                self._write(self._plain_line(row))
 
     def start(self) -> None:
         """Begin the live display; does nothing in the other modes."""
@@ -99,7 +103,8 @@ class Console:
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2)
         before = {id(sys.stdout): "stdout", id(sys.stderr): "stderr"}
         atexit.register(self.close)
-        self._live.start()
+        with self._going_on_unseen():
+            self._live.start()
         self._redirect_logging(before)
 
     def close(self) -> None:
@@ -109,7 +114,8 @@ class Console:
         self._redirected = []
         if self._live is not None:
             try:
-                self._live.stop()
+                with self._going_on_unseen():
+                    self._live.stop()
             finally:
                 self._live = None
                 atexit.unregister(self.close)
@@ -128,6 +134,16 @@ class Console:
             if type(handler) is logging.StreamHandler and id(handler.stream) in before:
                 self._redirected.append((handler, handler.stream))
                 handler.setStream(getattr(sys, before[id(handler.stream)]))
+
+    @contextmanager
+    def _going_on_unseen(self) -> Iterator[None]:
+        """A terminal that was closed, a pipe whose reader has ended or a log on a full disk must not end a run."""
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # what is buffered has to go somewhere
+            with suppress(OSError):
+                print(f"fastgrpo: no more can be shown here ({error}); the run goes on", file=self._stderr)
 
     def _write(self, text: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"

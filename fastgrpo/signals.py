@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step they arrive in; a second one ends it at once."""
+"""Ctrl-C, SIGTERM and a terminal that is closed end a run after the step they arrive in; a second one at once."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
+        asking = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup's, or a caller's own
+            asking.append(signal.SIGHUP)
         try:
-            self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {s: signal.signal(s, self._receive) for s in asking}
         except ValueError:  # not in the main thread, as in some notebooks: signals stay the caller's
             self._previous = {}
         return self

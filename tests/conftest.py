@@ -3,8 +3,10 @@
 import os
 import signal
 
-# A shell that starts the suite in the background lets it ignore Ctrl-C, and so would the runs that tests interrupt.
+# A shell that starts the suite in the background lets it ignore Ctrl-C, nohup a terminal's end, and so would the runs
+# that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests run in several processes on few cores: threads that spin for each other would starve them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

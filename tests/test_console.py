@@ -47,6 +47,21 @@ def plain(rows, **kwargs):
     return stream.getvalue().splitlines()
 
 
+@pytest.mark.parametrize(
+    ("mode", "connection", "error"),
+    [("plain", os.pipe, "[Errno 32] Broken pipe"), ("live", pty.openpty, "[Errno 5] Input/output error")],
+)
+def test_a_run_goes_on_where_nobody_reads_it_any_more(mode, connection, error, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    reader, writer = connection()
+    with os.fdopen(writer, "w") as stream, Console(mode, num_steps=2, stream=stream) as console:
+        console.step(ROW)
+        os.close(reader)
+        console.message("saved")
+        console.step(ROW | {"step": 2})
+    assert capsys.readouterr().err == f"fastgrpo: no more can be shown here ({error}); the run goes on\n"
+
+
 def run_on_terminal(ending):
     """What a run writes to a pseudo-terminal, and its exit code."""
     master, slave = pty.openpty()

@@ -169,14 +169,14 @@ def test_a_run_killed_while_it_saves_in_the_background_goes_on_bit_by_bit(moment
 
 
 def test_a_stop_waits_for_the_checkpoint_in_the_background(workplace, tiny_qwen2):
-    """Its file is held back until the stop's own save has begun to wait."""
+    """Its file is held back until the stop's own save has begun to wait. The stop is a terminal that is closed."""
     install = partial(
         both,
         partial(hold_saving, 2, "fastgrpo.checkpoint:Checkpoints.save", 3),
-        partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.update", 9, signal.SIGTERM),
+        partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.update", 9, signal.SIGHUP),
     )
     ended = fastgrpo(*settings(tiny_qwen2, "checkpoint.background=true"), install=install)
-    assert (ended.code, ended.err) == (143, "")
+    assert (ended.code, ended.err) == (129, "")
     assert ended.out.endswith("stopped after step 5, saved; go on with run.dir=run resume=auto\n")
     assert checkpoints(Path("run")) == ["step-000002", "step-000004", "step-000005"]
 
