@@ -141,7 +141,8 @@ class Console:
         try:
             yield
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # what is buffered has to go somewhere
+            with suppress(OSError):  # what is buffered has to go somewhere, but a notebook's stream is no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             with suppress(OSError):
                 print(f"fastgrpo: no more can be shown here ({error}); the run goes on", file=self._stderr)
 

@@ -108,7 +108,10 @@ def report(arguments: list[str]) -> int:
     directory = Path(value_of(arguments, "run.dir") or RUNS / "latest").expanduser()
     if not (directory / "metrics.jsonl").is_file():
         raise UserError(f"run.dir={directory}: no metrics.jsonl there; give a run's directory")
-    print(write_report(directory))
+    try:
+        print(write_report(directory))
+    except OSError as error:
+        raise UserError(f"run.dir={directory}: report.html cannot be written there: {error}") from error
     return 0
 
 

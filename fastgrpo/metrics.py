@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastgrpo.config import UserError
-from fastgrpo.trackers import TRACKERS
+from fastgrpo.trackers import begin_tracker
 
 PARTS = ("generate", "environment", "reward", "logprobs", "update", "share", "checkpoint", "eval")
 """What a step's time is spent on; `other` is the rest."""
@@ -145,7 +145,7 @@ class MetricsLog:
             elif path.exists() and path.stat().st_size:
                 raise UserError(f"run.dir={run_dir} holds a run already: set resume=auto or another run.dir")
         self._trackers = {
-            name: TRACKERS[name](self.run_dir, resume_step, run_name, config) for name in dict.fromkeys(trackers)
+            name: begin_tracker(name, self.run_dir, resume_step, run_name, config) for name in dict.fromkeys(trackers)
         }
         self._metrics, self._samples = (open(path, "ab") for path in paths)  # noqa: SIM115
 

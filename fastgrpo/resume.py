@@ -45,13 +45,18 @@ def restore(
 
 
 def open_log(config: Config, run_dir: Path, step: int | None, notify: Callable[[str], None]) -> MetricsLog:
-    """The run's metrics.jsonl and trackers, going on after `step`; None: there was no checkpoint to go on from."""
+    """The run's metrics.jsonl and trackers, going on after `step`; None: there was no checkpoint to go on from.
+
+    Raises UserError where they cannot be written."""
     nothing_kept = -1 if config.resume != "no" else None  # killed before its first checkpoint; or a new run
-    return MetricsLog(
-        run_dir,
-        config.run.trackers,
-        resume_step=nothing_kept if step is None else step,
-        run_name=config.run.name,
-        config=asdict(config),
-        notify=notify,
-    )
+    try:
+        return MetricsLog(
+            run_dir,
+            config.run.trackers,
+            resume_step=nothing_kept if step is None else step,
+            run_name=config.run.name,
+            config=asdict(config),
+            notify=notify,
+        )
+    except OSError as error:
+        raise UserError(f"run.dir={config.run.dir}: {error}; make room or mend the disk, then try again") from error

@@ -89,6 +89,17 @@ TRACKERS: dict[str, Callable[[Path, int | None, str, Mapping[str, Any]], Tracker
 }
 
 
+def begin_tracker(
+    name: str, run_dir: Path, resume_step: int | None, run_name: str, config: Mapping[str, Any]
+) -> Tracker:
+    """Raise UserError where it cannot begin: no login, no route to its server, no room on the disk."""
+    try:
+        return TRACKERS[name](run_dir, resume_step, run_name, config)
+    except Exception as error:  # another package's, over a network
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"run.trackers={name}: cannot begin ({reason}); mend that, or leave it out") from error
+
+
 def check_trackers(names: Iterable[str]) -> None:
     """Raise UserError for one that does not exist or is not installed."""
     for name in names:

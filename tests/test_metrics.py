@@ -227,3 +227,7 @@ def test_a_failing_tracker_does_not_end_the_run(tmp_path, monkeypatch):
         log.write({"step": 2})
     assert notices == ["wandb failed and gets no more metrics of this run: no route to host"]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {"step": 2}
+    monkeypatch.setattr(Away, "__init__", lambda self, *_: self.log(0, {}))
+    line = r"run.trackers=wandb: cannot begin \(ConnectionError: no route to host\); mend that, or leave it out"
+    with pytest.raises(UserError, match=line):
+        make_log(tmp_path, trackers=["wandb"], resume_step=2)
