@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from hydra.errors import OverrideParseException
 
+from fastgrpo.config import UserError
 from fastgrpo.help import all_keys, group_choices
 
 
@@ -21,13 +24,26 @@ def explain(error: BaseException, schema: type) -> str:
         (r"Could not override '([^']+)'", lambda key: _unknown_key(key, schema)),
         (r"Key '([^']+)' not in '[^']+'[\s\S]*?full_key: (\S+)", lambda _, full: _unknown_key(full, schema)),
         (r"Could not find '([\w]+)/([^']+)'", _unknown_choice),
+        (r"An item is already at '([^']+)'", lambda key: f"+{key}: the key is there already; leave out the +"),
+        (r"Multiple values for (\w+)\.", lambda group: f"+{group}: it is chosen already; leave out the +"),
         (r"Ambiguous value for argument '([^']+)'", _several),
         (r"Error merging override (\S+?)=(.*)", lambda key, value: _wrong_type(key, value, text)),
     ):
         found = re.search(pattern, text)
         if found:
             return say(*found.groups())
-    return " ".join(text.split("\n")[0].split())
+    line = " ".join(text.split("\n")[0].split())
+    place = re.search(r"full_key: (\S+)", text)
+    return f"{place[1]}: {line}" if place else line
+
+
+def refuse_added_keys(config: Any, schema: type, prefix: str = "") -> None:
+    """Raise UserError for an attribute that is no field of its dataclass."""
+    for name, value in vars(config).items():
+        if name not in {field.name for field in fields(config)}:
+            raise UserError(_unknown_key(prefix + name, schema))
+        if is_dataclass(value):
+            refuse_added_keys(value, schema, f"{prefix}{name}.")
 
 
 def _chain(error: BaseException | None):

@@ -139,7 +139,9 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Any, str], int], 
         if schema is Config and HydraConfig.get().mode == RunMode.MULTIRUN and value_of(arguments, "run.dir") is None:
             composed.run.dir = HydraConfig.get().runtime.output_dir
         try:
-            codes.append(task(*converted(composed)))
+            with hydra_errors_in_one_line(schema):
+                settings = converted(composed)
+            codes.append(task(*settings))
         except UserError as error:  # past Hydra, which would announce it in its own words
             mistakes.append(error)
 
@@ -185,13 +187,19 @@ def _hydra_of_the_caller_aside() -> Iterator[None]:
 
 
 def converted(composed: Any) -> tuple[Any, str]:
-    """The composed configuration as dataclasses, and resolved as YAML. Raises UserError where a value is missing."""
+    """The composed configuration as dataclasses, and resolved as YAML.
+
+    Raises UserError where a value is missing, or a key is none of the schema's, which Hydra lets +KEY=VALUE add."""
     from omegaconf import OmegaConf
+
+    from fastgrpo.hydra_errors import refuse_added_keys
 
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
-    return OmegaConf.to_object(composed), OmegaConf.to_yaml(composed, resolve=True)
+    config: Any = OmegaConf.to_object(composed)
+    refuse_added_keys(config, type(config))
+    return config, OmegaConf.to_yaml(composed, resolve=True)
 
 
 @contextmanager

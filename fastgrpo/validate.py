@@ -177,6 +177,8 @@ def _ranges(config: Config) -> None:
 
 def _places(config: Config) -> None:
     """Files that must be there, found out before minutes are spent."""
+    if not config.run.dir.strip():  # what a variable that is not set makes of run.dir=$DIR
+        refuse("run.dir", config.run.dir, "name a directory")
     for key in ("data.path", "data.eval_path"):
         path = _get(config, key)
         if path is not None and config.data.source in ("jsonl", "parquet") and not Path(path).expanduser().is_file():

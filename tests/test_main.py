@@ -77,6 +77,11 @@ CONFIGURATION = {
         "algorithm=ppo",
         "algorithm=ppo: no such choice; use one of cispo, dapo, dr_grpo, grpo, gspo, rloo, sapo",
     ),
+    "added key": ("+train.learning_rat=1", "train.learning_rat: no such key; did you mean train.learning_rate?"),
+    "key added twice": ("+train.num_steps=1", "+train.num_steps: the key is there already; leave out the +"),
+    "choice added": ("+experiment=gsm8k", "+experiment: it is chosen already; leave out the +"),
+    "interpolation": ("train.num_steps=${nope}", "train.num_steps: Interpolation key 'nope' not found"),
+    "no directory": ("run.dir=", "run.dir=: name a directory"),
     "key of a reward": ("reward.extra.a.wait=1", "reward.extra.a.wait: no such key"),
     "reward without a path": (
         "reward.extra.a.weight=1",
@@ -304,6 +309,9 @@ def test_a_directory_without_a_model_is_refused(refusal):
     Path("model").mkdir()
     line = refusal("train", *small_run("model"))
     assert line == "model.path=model: the directory has no config.json; give a Hugging Face model directory"
+    Path("model/adapter_config.json").touch()
+    line = refusal("eval", *small_run("model"))
+    assert line == "model.path=model: adapters alone; give them as model.lora.path, and their base here"
 
 
 def test_a_path_to_nothing_is_refused(refusal):

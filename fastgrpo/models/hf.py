@@ -59,6 +59,8 @@ def _local_or_hub(key: str, path: str) -> str:
     directory = Path(path).expanduser()
     if directory.is_dir():
         if key == "model.path" and not (directory / "config.json").is_file():
+            if (directory / "adapter_config.json").is_file():
+                raise UserError(f"{key}={path}: adapters alone; give them as model.lora.path, and their base here")
             raise UserError(f"{key}={path}: the directory has no config.json; give a Hugging Face model directory")
         return str(directory)
     if directory.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
