@@ -438,6 +438,10 @@ class EvalConfig:
     """Above 1: pass@k as well; needs eval.temperature > 0."""
     temperature: float = 0.0
     """0 is greedy."""
+    top_p: float = 1.0
+    """As sampling.top_p, which evaluations do not follow."""
+    top_k: int = 0
+    """As sampling.top_k."""
     max_new_tokens: int | None = None
     """null: sampling.max_new_tokens."""
 

@@ -35,8 +35,8 @@ def evaluate(run: Run) -> dict[str, float]:
     params = replace(
         run.sampling,
         temperature=config.temperature,
-        top_p=1.0,
-        top_k=0,
+        top_p=config.top_p,
+        top_k=config.top_k,
         max_new_tokens=config.max_new_tokens or run.sampling.max_new_tokens,
         return_routed_experts=False,
     )

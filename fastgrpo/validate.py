@@ -99,6 +99,7 @@ _AT_LEAST: dict[str, float] = {
     "eval.every": 0,
     "eval.num_samples": 1,
     "eval.temperature": 0,
+    "eval.top_k": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "model.lora.rank": 0,
@@ -117,6 +118,7 @@ _AT_LEAST: dict[str, float] = {
 }
 _ABOVE_ZERO = (
     "sampling.top_p",
+    "eval.top_p",
     "train.max_grad_norm",
     "train.adam_eps",
     "algorithm.importance_cap",
@@ -129,6 +131,7 @@ _ABOVE_ZERO = (
 _SHARES = (
     "algorithm.top_entropy_quantile",
     "sampling.top_p",
+    "eval.top_p",
     "train.adam_beta1",
     "train.adam_beta2",
     "train.min_lr_ratio",

@@ -607,6 +607,11 @@ def test_eval_measures_a_model(call, tiny_qwen2):
     values = {name: float(value) for name, value in (line.split() for line in out.splitlines())}
     assert values["eval/accuracy"] == values["eval/reward"] == values["eval/pass@2"] == values["eval/pass@4"] == 1.0
     assert 1.0 <= values["eval/response_length"] <= 6.0
+    small = [argument.replace(":one", ":varied") for argument in small]
+    drawn, likeliest, nucleus = (
+        call("eval", *small, "eval.temperature=1", *more)[1] for more in ([], ["eval.top_k=1"], ["eval.top_p=1e-6"])
+    )
+    assert drawn != likeliest == nucleus
     assert list(Path().iterdir()) == []
 
 

@@ -86,7 +86,9 @@ def _check(config: DataConfig) -> None:
     if config.source not in SOURCES:
         raise UserError(f"data.source={config.source} is unknown; use one of {', '.join(SOURCES)}")
     if config.source == "arithmetic" and config.path is not None:
-        raise UserError(f"data.path={config.path} is not read by data.source=arithmetic; set data=jsonl or parquet")
+        raise UserError(
+            f"data.path={config.path} is not read by data.source=arithmetic; set data=jsonl, parquet or hub"
+        )
     if config.source != "arithmetic" and config.path is None:
         raise UserError(f"data.path is not set, which data.source={config.source} reads; set it or use data=arithmetic")
     if config.eval_path is not None and config.source in ("hub", "arithmetic"):

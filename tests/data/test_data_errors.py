@@ -32,7 +32,7 @@ def error_of(*args, **changes):
         ({"source": "csv"}, "data.source=csv is unknown; use one of jsonl, parquet, hub, arithmetic"),
         (
             {"source": "arithmetic", "path": "x"},
-            "data.path=x is not read by data.source=arithmetic; set data=jsonl or parquet",
+            "data.path=x is not read by data.source=arithmetic; set data=jsonl, parquet or hub",
         ),
         (
             {"source": "arithmetic", "path": None, "operation": "division"},
