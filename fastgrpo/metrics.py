@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import time
 import warnings
@@ -194,8 +195,10 @@ class MetricsLog:
 
 def iter_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """The whole objects of a JSON-lines file, one after the other; torn or foreign lines are left out."""
-    for _, record in _records(Path(path)):
-        yield record
+    if not Path(path).exists():
+        return
+    with open(path, "rb") as file:
+        yield from (record for line in file if (record := _record(line)) is not None)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -204,31 +207,30 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Remove the lines of later steps, and broken ones, from a JSON-lines file; kept lines keep their bytes."""
-    if not path.exists():
+    """Cut a JSON-lines file behind its last whole record of that step or one before. Steps only grow, so a long run's
+    file is read from its end, and no further than that."""
+    if not path.exists() or not path.stat().st_size:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        for line, record in _records(path):
-            if isinstance(record.get("step"), int) and record["step"] <= step:
-                file.write(line + b"\n")
-        file.flush()
+    with open(path, "r+b") as file:
+        with mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as text:
+            end = text.rfind(b"\n") + 1
+            while end and not _is_until(text[text.rfind(b"\n", 0, end - 1) + 1 : end], step):
+                end = text.rfind(b"\n", 0, end - 1) + 1
+        file.truncate(end)
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
-def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        for raw in file:
-            line = raw.rstrip(b"\r\n")
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield line, record
+def _is_until(line: bytes, step: int) -> bool:
+    record = _record(line)
+    return record is not None and isinstance(record.get("step"), int) and record["step"] <= step
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _line(record: dict[str, Any]) -> bytes:

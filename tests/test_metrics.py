@@ -148,7 +148,7 @@ def test_samples_hold_any_text_and_any_answer(tmp_path):
     assert (record["completion"], record["answer"], record["reward"]) == ("a\n\u2028\x00\udc80é", "nan", None)
 
 
-def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path):
+def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, monkeypatch):
     def train(log, steps):
         for step in steps:
             log.write({"step": step, "loss": 1 / (step + 3)})
@@ -161,7 +161,10 @@ def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(tmp_path / "stopped" / name, "ab") as file:
             file.write(b'{"step": 2, "los')  # what kill -9 leaves
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(loads(line)["step"]) or loads(line))
     with make_log(tmp_path / "stopped", resume_step=2) as log:
+        assert parsed == [4, 3, 2] * 2  # the ends of two files that a long run makes large
         train(log, range(3, 6))
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
