@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastgrpo.config import DataConfig, UserError
@@ -36,12 +35,12 @@ class ReplyEncoder:
         """Raises UserError for what the template refuses, the tokenizer cannot encode or the model cannot read."""
         text = self._after_turn(messages, place) if self._chat else "".join(message["content"] for message in messages)
         (ids,) = encode(self._tokenizer, [text], [place], special_tokens=False)
-        if max(ids) >= self._vocab_size:
+        if (largest := int(ids.max())) >= self._vocab_size:
             raise UserError(
-                f"{place}: its token {max(ids)} is none of the model's 0 to {self._vocab_size - 1}; change it"
+                f"{place}: its token {largest} is none of the model's 0 to {self._vocab_size - 1}; change it"
             )
         # The token that ended the policy's turn is what the template, too, puts behind one.
-        return torch.tensor(ids[1:] if self._chat and ids[0] == last_token else ids, dtype=torch.int64)
+        return ids[1:] if self._chat and ids[0] == last_token else ids
 
     def _after_turn(self, messages: Sequence[dict[str, str]], place: str) -> str:
         roles = tuple(message["role"] for message in messages)

@@ -1,5 +1,6 @@
 """From files to prompts: ids, metadata, what is held out, templates, lengths."""
 
+import gc
 import json
 import sys
 import types
@@ -9,7 +10,7 @@ import torch
 from pyarrow import parquet
 
 from fastgrpo.config import DataConfig
-from fastgrpo.data import ALPHABET, load_prompts
+from fastgrpo.data import ALPHABET, load_prompts, prompts
 
 
 def load(tokenizer, path, *, seed=0, limit=1000, **changes):
@@ -173,6 +174,14 @@ def test_messages_are_as_templates_expect_them(tmp_path, tokenizer_like):
     for name, text, changes in (("rows.parquet", "a;call;b;", parquet_rows), ("parts.jsonl", "ab;", {})):
         (prompt,) = load(tokenizer, str(tmp_path / name), **changes).train
         assert (prompt.text, prompt.answer) == (text, 4)
+
+
+def test_the_garbage_collector_waits_for_the_rows(jsonl, tokenizer, monkeypatch):
+    enabled, encode = [], prompts.encode
+    monkeypatch.setattr(prompts, "encode", lambda *args, **how: enabled.append(gc.isenabled()) or encode(*args, **how))
+    load(tokenizer, jsonl(questions(2)))
+    assert enabled == [False, False]  # training and held-out rows
+    assert gc.isenabled()
 
 
 def test_long_prompts_can_be_dropped_and_are_counted(jsonl, tokenizer):
