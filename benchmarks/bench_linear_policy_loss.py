@@ -5,6 +5,8 @@ Operations: 6 N H V (gradient in the forward pass). Its floor is the time of tho
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from harness import Table, Variant, compare
 from peers import from_hidden, problem
@@ -12,6 +14,7 @@ from peers import from_hidden, problem
 from fastgrpo.kernels import chunks
 from fastgrpo.kernels.chunks import ChunkRows
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
+from fastgrpo.kernels.objective import CustomSurrogate, SurrogateInputs, SurrogateValues
 
 KERNEL = "linear_policy_loss"
 SHAPES = ((32768, 4096, 151936), (16384, 2048, 151936), (4096, 4096, 128256), (8192, 896, 151936))
@@ -20,6 +23,14 @@ CHUNKS = ((1024, 1024), (512, 2048), (512, 4096), (1024, 4096))
 """Rows of logits and of gradients beside those that the kernels choose, whatever memory they take: to see whether the
 choice is right."""
 SMOKE_CHUNKS = ((16, 32),)
+
+
+def clip_in_torch(x: SurrogateInputs) -> SurrogateValues:
+    """The objective's own clip at 0.2, through autograd."""
+    return -torch.minimum(x.ratio * x.advantages, x.ratio.clamp(0.8, 1.2) * x.advantages), {}
+
+
+OWN_CLIP = CustomSurrogate(name="clip", function=clip_in_torch)
 
 
 def bench(table: Table, *, smoke: bool = False) -> None:
@@ -41,7 +52,10 @@ def bench(table: Table, *, smoke: bool = False) -> None:
             finally:
                 chunks.chunk_rows = usual
 
-        runs = {"fastgrpo": ours}
+        def own_surrogate(hidden=hidden, weight=weight, p=p):
+            return linear_policy_loss(hidden, weight, p.batch, replace(p.objective, surrogate=OWN_CLIP)).loss
+
+        runs = {"fastgrpo": ours, "fastgrpo, clip as one's own surrogate": own_surrogate}
         if not smoke:
             runs["fastgrpo bf16 tile"] = lambda ours=ours: ours(torch.bfloat16)
         for sizes in SMOKE_CHUNKS if smoke else CHUNKS:

@@ -80,7 +80,7 @@ def sequences_of(batch: LossInputs, scored: Tensor | None = None) -> Sequences:
     """Whose token is whose; tokens that are not scored form a sequence of their own, behind the others."""
     assert batch.cu_seqlens is not None
     num_sequences = batch.cu_seqlens.shape[0] - 1
-    ids = sequence_of_token(batch.cu_seqlens.to(batch.targets.device), batch.targets.shape[0])
+    ids = sequence_of_token(batch.cu_seqlens.to(batch.targets.device, non_blocking=True), batch.targets.shape[0])
     if scored is not None:
         ids = torch.where(scored, ids, num_sequences)
     return Sequences(ids, num_sequences + 1)

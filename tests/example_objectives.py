@@ -12,6 +12,13 @@ def clip(logprobs, old_logprobs, advantages, ref_logprobs, width=0.2, kl_coef=0.
     return -gain + kl_coef * (drift.exp() - drift - 1), {"clipped": clipped}
 
 
+def geometric_mean(ratio, advantages, sequences, entropy, ref_logprobs, sampler_logprobs, logprobs):
+    """Whatever can be asked for."""
+    mean = sequences.mean(ratio.log().clamp(-0.2, 0.2)).exp() * (1 + 0.01 * entropy)
+    held = 0.1 * (logprobs - ref_logprobs).square() + 0.1 * (logprobs - sampler_logprobs).square()
+    return held - mean * advantages * sequences.lengths.sqrt(), {"long": sequences.lengths > 3}
+
+
 def standardised(rewards, batch_rewards, lengths, truncated, answer):
     """The built-in std, once more, a number a token."""
     assert len(batch_rewards) >= len(rewards) == len(truncated)

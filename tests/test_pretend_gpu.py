@@ -11,6 +11,7 @@ from runs import without_clock
 
 from fastgrpo.metrics import read_jsonl
 
+OBJECTIVES = Path(__file__).with_name("example_objectives.py")
 RUNS = {
     "reference": ("qwen2", "algorithm.kl_coef=0.05", "algorithm.reference.schedule=ema", "sampling.top_p=0.9"),
     "minibatches": ("llama", "train.num_minibatches=2", "learner.max_tokens_per_microbatch=40", "algorithm=dapo"),
@@ -22,8 +23,14 @@ RUNS = {
         "sampler.round_tokens=3",
         "learner.offload=always",
     ),
-    "experts": ("qwen3_moe", "train.moe_aux_loss_coef=0.01"),
-    "adapters": ("qwen2", "model.lora.rank=2"),
+    "experts": ("qwen3_moe", "train.moe_aux_loss_coef=0.01", "algorithm.top_entropy_quantile=0.5"),
+    "adapters and a surrogate of one's own": (
+        "qwen2",
+        "model.lora.rank=2",
+        f"algorithm.surrogate={OBJECTIVES}:geometric_mean",
+        "algorithm.kl_coef=0.0",
+        "train.updates_per_rollout=2",
+    ),
 }
 
 
