@@ -26,7 +26,7 @@ def _by_token(x: SurrogateInputs) -> SurrogateValues:
 
 
 def _by_sequence(x: SurrogateInputs) -> SurrogateValues:
-    """The geometric mean of a sequence's clipped ratios (GMPO, arXiv 2507.20673), more for long ones."""
+    """The geometric mean of a sequence's clipped ratios, more for long ones."""
     assert x.sequences is not None
     log_ratio = x.logprobs - x.old_logprobs
     mean = x.sequences.mean(log_ratio.clamp(-0.2, 0.2))
