@@ -62,12 +62,15 @@ def _comparison(config: Config) -> None:
     for setting, kwargs in ((algorithm.surrogate, "surrogate_kwargs"), (algorithm.advantage, "advantage_kwargs")):
         if getattr(algorithm, kwargs) and not is_path(setting):
             refuse(f"algorithm.{kwargs}", getattr(algorithm, kwargs), f"{setting} takes none; name your own function")
-    if algorithm.kl_coef == 0 and algorithm.reference.schedule != "fixed" and not is_path(algorithm.surrogate):
-        refuse(
-            "algorithm.reference.schedule",
-            algorithm.reference.schedule,
-            "algorithm.kl_coef=0 has no reference; set kl_coef, or schedule=fixed",
-        )
+    reference = algorithm.reference
+    if reference.path is not None and reference.schedule != "fixed":
+        refuse("algorithm.reference.schedule", reference.schedule, "algorithm.reference.path stays as it is; use fixed")
+    if algorithm.kl_coef == 0 and not is_path(algorithm.surrogate):
+        if reference.schedule != "fixed":
+            mend = "algorithm.kl_coef=0 has no reference; set kl_coef, or schedule=fixed"
+            refuse("algorithm.reference.schedule", reference.schedule, mend)
+        if reference.path is not None:
+            refuse("algorithm.reference.path", reference.path, "algorithm.kl_coef=0 has no reference; set kl_coef")
 
 
 def _importance(config: Config) -> None:

@@ -186,6 +186,9 @@ class EnvironmentConfig:
 class ReferenceConfig:
     """The policy that the KL term holds on to."""
 
+    path: str | None = None
+    """Another model with the policy's tokens: what an earlier run began with, or a larger one to learn from. null: the
+    policy as the run begins."""
     schedule: str = "fixed"
     """fixed | refresh (becomes the policy every refresh_every steps, iterative GRPO) | ema."""
     refresh_every: int = 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastgrpo.data import PromptSets
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models import hf, lora
-from fastgrpo.models.hf import CausalLM
+from fastgrpo.models.hf import REFERENCE_KEY, CausalLM
 from fastgrpo.models.lora import Adapters
 from fastgrpo.models.shape import Shape
 from fastgrpo.policy import device_of, load_model, model_directory
@@ -28,7 +29,14 @@ def check_layout(config: Config, model_config: Any, num_ranks: int) -> None:
         from fastgrpo.learner.megatron.architecture import Architecture
         from fastgrpo.learner.megatron.layout import data_parallel_size
 
-        data_parallel_size(_layout(config), Architecture.of(model_config), num_ranks)
+        layout = _layout(config)
+        data_parallel_size(layout, Architecture.of(model_config), num_ranks)
+        if config.algorithm.reference.path is not None:
+            reference = Architecture.of(hf.load_config(config.algorithm.reference.path, REFERENCE_KEY))
+            try:
+                data_parallel_size(replace(layout, stage_layers=None), reference, num_ranks)
+            except UserError as error:
+                raise UserError(f"{REFERENCE_KEY}={config.algorithm.reference.path}: {error}") from None
     _check_sampler_tp(config.sampler.tp, Shape.of(model_config), num_ranks)
 
 
@@ -84,11 +92,21 @@ def _torch_learner(
     adapters = lora.add_adapters(model, config.model.lora, seed=config.seed) if config.model.lora.enabled else None
     if adapters is not None and config.sampler.merge_adapters:
         adapters.keep_merged()
-    reference = hf.prepare(copy.deepcopy(model)) if needs_reference(config.algorithm) and adapters is None else None
+    reference, other = None, config.algorithm.reference.path
+    if other is not None:
+        device, dtype = device_of(config)
+        reference = hf.load_model(other, device=device, dtype=dtype, key=REFERENCE_KEY)
+    elif needs_reference(config.algorithm) and adapters is None:
+        reference = hf.prepare(copy.deepcopy(model))
     if config.learner.activation_checkpoint == "full":
         model.gradient_checkpointing_enable()
     learner = TorchLearner(
-        model, config.train, num_updates=config.train.num_updates, reference=reference, adapters=adapters
+        model,
+        config.train,
+        num_updates=config.train.num_updates,
+        reference=reference,
+        is_own_reference=other is None,
+        adapters=adapters,
     )
     return learner, model, adapters
 
@@ -111,6 +129,8 @@ def _megatron_learner(
     check_model("model.path" if config.model.path else "model.cache_dir", path, ranks)
     if config.model.lora.path is not None:
         check_model("model.lora.path", config.model.lora.path, ranks)
+    if config.algorithm.reference.path is not None:
+        check_model(REFERENCE_KEY, config.algorithm.reference.path, ranks)
     device, dtype = device_of(config)
     adapters = None
     if config.model.lora.enabled:
@@ -121,6 +141,7 @@ def _megatron_learner(
         config.train,
         num_updates=config.train.num_updates,
         reference=needs_reference(config.algorithm),
+        reference_path=config.algorithm.reference.path,
         adapters=adapters,
         merge_adapters=config.sampler.merge_adapters or config.sampler.kind == "torch",
         dtype=dtype,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fastgrpo.algorithms.objective import needs_reference
-from fastgrpo.config import Config, UserError
+from fastgrpo.config import Config, LearnerConfig, UserError
 from fastgrpo.kernels.chunks import GPU_TILE_FRACTION
-from fastgrpo.models import lora
+from fastgrpo.models import hf, lora
 from fastgrpo.models.activations import Kept
 from fastgrpo.models.experts import choice_dtype
 from fastgrpo.models.shape import Shape
@@ -95,12 +95,14 @@ def make_plan(
     Raises UserError where model.lora.path holds no adapters.
     """
     shape, learner = Shape.of(model_config), config.learner
+    reference_path = config.algorithm.reference.path
     size = 4 if config.cluster.dtype == "float32" or (config.cluster.dtype == "auto" and not on_gpu) else 2
-    virtual = stages_of(shape, learner.pp * learner.vpp, learner.stage_layers)
-    stages = [sum(virtual[stage :: learner.pp]) for stage in range(learner.pp)]
-    layers = max(stages)
-    num_parameters = shape.num_parameters(learner.tp, stages, learner.ep)
+    layers = max(_stages(shape, learner, learner.stage_layers))
+    num_parameters = _num_parameters(shape, learner, learner.stage_layers)
     adapted = config.model.lora.enabled
+    num_reference = 0 if adapted else num_parameters
+    if reference_path is not None:
+        num_reference = _num_parameters(Shape.of(hf.load_config(reference_path, hf.REFERENCE_KEY)), learner, None)
     trained, size_trained, merged = num_parameters, size, 0
     rank, targets = lora.rank_and_targets(config.model.lora) if adapted else (0, [])
     if adapted:
@@ -114,7 +116,7 @@ def make_plan(
         device_bytes=device_bytes,
         on_gpu=on_gpu,
         weights=num_parameters * size + (trained * size_trained if adapted else 0),
-        reference=num_parameters * size if needs_reference(config.algorithm) and not adapted else 0,
+        reference=num_reference * size if needs_reference(config.algorithm) else 0,
         sampler_weights=_num_unshared(config, shape, merged) * size,
         gradients=trained * 4,
         optimizer=_num_stepped(config, trained - experts, experts, num_ranks) * (8 + (4 if size_trained < 4 else 0)),
@@ -123,6 +125,16 @@ def make_plan(
         offload_asked=learner.offload,
         kv_cache_wanted=_kv_cache_wanted(config, shape, longest_prompt, size, num_ranks),
     )
+
+
+def _stages(shape: Shape, learner: LearnerConfig, asked: list[int] | None) -> list[int]:
+    """The layers of each rank of a pipeline."""
+    virtual = stages_of(shape, learner.pp * learner.vpp, asked)
+    return [sum(virtual[stage :: learner.pp]) for stage in range(learner.pp)]
+
+
+def _num_parameters(shape: Shape, learner: LearnerConfig, asked: list[int] | None) -> int:
+    return shape.num_parameters(learner.tp, _stages(shape, learner, asked), learner.ep)
 
 
 def _kept(config: Config, shape: Shape, size: int, on_gpu: bool, rank: int, targets: list[str]) -> Kept:

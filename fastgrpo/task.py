@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -71,6 +72,7 @@ def load_task(
         responds = load_environment(config.environment, environment)
         tokenizer, prompts = load_data(config)
         vocab_size = check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=needs_eval_prompts).vocab_size
+        check_reference(config, objective, tokenizer, vocab_size)
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         if isinstance(compare, CustomAdvantage):
             compare.check(prompts.train[0], rewards.names, config.algorithm.group_size)
@@ -128,6 +130,33 @@ def check_model(config: Config, tokenizer: Any, prompts: PromptSets, ranks: Rank
     check_router_replay(config, model_config)
     check_tokens(config, tokenizer, prompts, model_config.vocab_size)
     return model_config
+
+
+def check_reference(config: Config, objective: Objective, tokenizer: Any, vocab_size: int) -> None:
+    """Raise UserError where another model is no reference, or reads other tokens than the policy's vocab_size."""
+    path = config.algorithm.reference.path
+    if path is None:
+        return
+    where = f"{hf.REFERENCE_KEY}={path}"
+    if not objective.needs_reference:
+        raise UserError(
+            f"{where}: nothing asks for a reference; set algorithm.kl_coef, or have the surrogate ask for it"
+        )
+    # A tokenizer's class may add tokens that the model does not have.
+    ours = {token: number for token, number in tokenizer.get_vocab().items() if number < vocab_size}
+    if (Path(path).expanduser() / "tokenizer.json").is_file():
+        theirs = hf.load_tokenizer(path, hf.REFERENCE_KEY).get_vocab()
+        other = next((token for token, number in ours.items() if theirs.get(token) != number), None)
+        if other is not None:
+            raise UserError(
+                f"{where}: the policy's token {other!r} is number {ours[other]}, and there it is "
+                f"{theirs.get(other, 'missing')}; give a model with the policy's tokens"
+            )
+    theirs_size, largest = hf.load_config(path, hf.REFERENCE_KEY).vocab_size, max(ours.values())
+    if theirs_size <= largest:
+        raise UserError(
+            f"{where}: it has {theirs_size} tokens, and the policy's go up to {largest}; give another model"
+        )
 
 
 def check_tokens(config: Config, tokenizer: Any, prompts: PromptSets, vocab_size: int) -> None:

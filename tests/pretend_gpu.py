@@ -205,7 +205,7 @@ def install() -> None:
 
     SegmentPlan.__init__ = plan
     hf.use_cpu_linear = lambda model: None
-    hf.load_model = lambda path, *, device, dtype: move(load_model(path, device="cpu", dtype=dtype))
+    hf.load_model = lambda path, *, device, dtype, **key: move(load_model(path, device="cpu", dtype=dtype, **key))
     learners.device_of = assemble.device_of = lambda config: (NAME, DTYPES[config.cluster.dtype])
     assemble.device_memory = lambda device: MEMORY
     TorchLearner.update = updated

@@ -163,6 +163,18 @@ CONFIGURATION = {
         "algorithm.surrogate=ppo: choose one of clip, cispo, sapo, reinforce, or name a function of your own: "
         "FILE.py:FUNCTION",
     ),
+    "reference that moves": (
+        ["algorithm.reference.path=x", "algorithm.reference.schedule=ema"],
+        "algorithm.reference.schedule=ema: algorithm.reference.path stays as it is; use fixed",
+    ),
+    "reference for nothing": (
+        ["algorithm.reference.path=x", "algorithm.kl_coef=0"],
+        "algorithm.reference.path=x: algorithm.kl_coef=0 has no reference; set kl_coef",
+    ),
+    "reference that is not there": (
+        "algorithm.reference.path=./nowhere",
+        "algorithm.reference.path=./nowhere: no such directory; give a Hugging Face model directory or a hub name",
+    ),
     "floor without a mask": (
         "algorithm.importance_floor=0.5",
         "algorithm.importance_floor=0.5: it bounds importance_mode=mask; set that too",

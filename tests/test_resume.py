@@ -341,7 +341,7 @@ def test_a_reference_that_was_not_saved_is_missed_on_resume(workplace, tiny_qwen
     assert ended.code == 2
     assert ended.err == (
         "fastgrpo: resume=run/checkpoints/step-000001/learner: saved without a reference model; resume with "
-        "algorithm.kl_coef=0\n"
+        "algorithm.kl_coef=0, or with the algorithm.reference.path of then\n"
     )
 
 

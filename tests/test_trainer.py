@@ -19,9 +19,11 @@ from fastgrpo.config import UserError
 from fastgrpo.data import packing
 from fastgrpo.help import group_choices
 from fastgrpo.kernels.objective import Objective
+from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.main import compose
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import Minibatch, add_logprobs, make_minibatch
+from fastgrpo.models import hf
 from fastgrpo.ranks import Ranks
 from fastgrpo.samplers import make_sampler
 from fastgrpo.signals import StopRequest
@@ -206,6 +208,47 @@ def reference_after_steps(run) -> tuple[list, list]:
     train(run, StopRequest(print))
     references, policies = zip(*pairs, strict=True)
     return list(references), list(policies)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_reference_can_be_another_model(rank, workplace, tiny_qwen2, tmp_path):
+    """Of another architecture; it is neither moved nor saved, and a resumed run reads it again."""
+    path = save_tiny_model(tmp_path / "teacher", "llama", num_hidden_layers=3)
+    overrides = small_run(tiny_qwen2, f"algorithm.reference.path={path}", f"model.lora.rank={rank}")
+    with assembled(*overrides) as run:
+        seen = updates_of(run)
+        train(run, StopRequest(print))
+    teacher = hf.load_model(path, device="cpu", dtype=torch.float32)
+    for batches, _ in seen:
+        expected = TorchLearner(teacher, run.config.train, num_updates=1).logprobs_of(batches, temperature=1.0)
+        assert equal(expected, [batch.ref_logprobs for batch in batches])
+    assert read_jsonl("run/metrics.jsonl")[1]["kl"] > 1e-3
+    assert torch.load("run/checkpoints/step-000002/learner/learner.pt")["reference"] is None
+    with assembled(*overrides, "resume=auto", "train.num_steps=3") as run:
+        assert equal(teacher.parameters(), run.learner.reference.parameters())
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", ('"vocab_size": 258', '"vocab_size": 99'), "it has 99 tokens, and the policy's go up to 257"),
+        (
+            "tokenizer.json",
+            ('"a": ', '"other": '),
+            "the policy's token 'a' is number .*, and there it is missing; give",
+        ),
+    ],
+)
+def test_a_reference_with_other_tokens_is_refused(file, change, message, workplace, tiny_qwen2, tmp_path):
+    path = save_tiny_model(tmp_path / "teacher")
+    text = (tmp_path / "teacher" / file).read_text()
+    assert change[0] in text
+    (tmp_path / "teacher" / file).write_text(text.replace(*change))
+    with (
+        pytest.raises(UserError, match=f"^algorithm.reference.path={path}: {message}"),
+        assembled(*small_run(tiny_qwen2, f"algorithm.reference.path={path}")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("schedule", ["fixed", "refresh", "ema"])

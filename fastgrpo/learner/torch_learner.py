@@ -36,8 +36,9 @@ from fastgrpo.types import PackedBatch, StepResult, WeightSlice
 class TorchLearner:
     """Trains the model in place, so a sampler on the same module sees every update with nothing copied.
 
-    model: loaded by fastgrpo.models.hf. reference: the KL term's model, or None where kl_coef is 0.
-    adapters: the model's LoRA adapters, or None; without them the model is its own reference, and none is passed.
+    model: loaded by fastgrpo.models.hf. reference: the KL term's model, or None where none is needed.
+    is_own_reference: it began as the policy and is part of the state; else another model, which stays in its file.
+    adapters: the model's LoRA adapters, or None; without them the model is its own reference where none is passed.
     num_updates: optimizer steps of the whole run, for the learning-rate schedule.
     """
 
@@ -48,10 +49,13 @@ class TorchLearner:
         *,
         num_updates: int,
         reference: CausalLM | None = None,
+        is_own_reference: bool = True,
         adapters: Adapters | None = None,
     ) -> None:
         self.model, self.config, self.num_updates, self.adapters = model, config, num_updates, adapters
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
+        self._kept_reference = self.reference if is_own_reference else None
+        """What moves and is saved of it."""
         self.policy_version = 0
         self.ranks = Ranks()
         self.routers = watch_routers(model, config.moe_aux_loss_coef)
@@ -104,7 +108,7 @@ class TorchLearner:
         """See Learner.logprobs_of."""
         if reference:  # a policy of its own, which routes by itself
             batches = [replace(batch, routed_experts=None) for batch in batches]
-            if self.adapters is not None:
+            if self.reference is None and self.adapters is not None:
                 with self.adapters.disabled():
                     return self._looked_at(self.model, batches, temperature)[0]
         model = self.reference if reference else self.model
@@ -172,9 +176,9 @@ class TorchLearner:
     @torch.no_grad()
     def move_reference(self, share: float) -> None:
         """reference += share * (policy - reference); nothing without a reference."""
-        if self.reference is None or share == 0.0:
+        if self._kept_reference is None or share == 0.0:
             return
-        theirs: list[Tensor] = list(self.reference.parameters())
+        theirs: list[Tensor] = list(self._kept_reference.parameters())
         ours: list[Tensor] = list(self.model.parameters())
         move_towards(theirs, ours, share)
 
@@ -201,8 +205,11 @@ class TorchLearner:
         if not file.is_file():
             raise UserError(f"resume={directory}: no state of a torch learner there")
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if self.reference is not None and state["reference"] is None:
-            raise UserError(f"resume={directory}: saved without a reference model; resume with algorithm.kl_coef=0")
+        if self._kept_reference is not None and state["reference"] is None:
+            raise UserError(
+                f"resume={directory}: saved without a reference model; resume with algorithm.kl_coef=0, or with the "
+                "algorithm.reference.path of then"
+            )
         try:
             self.load_state_dict(state)
         except (RuntimeError, ValueError) as error:  # names or shapes
@@ -212,7 +219,7 @@ class TorchLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an update reads or changes."""
-        reference = None if self.reference is None else self.reference.state_dict()
+        reference = None if self._kept_reference is None else self._kept_reference.state_dict()
         return {
             "model": self._trained(),
             "reference": reference,
@@ -229,8 +236,8 @@ class TorchLearner:
             parameter.copy_(state["model"][name])
         if self.adapters is not None:
             self.adapters.merge()
-        if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
+        if self._kept_reference is not None:
+            self._kept_reference.load_state_dict(state["reference"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.policy_version = state["policy_version"]
 

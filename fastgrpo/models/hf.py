@@ -31,18 +31,20 @@ UNSUPPORTED_ROPE_TYPES = ("dynamic", "longrope")
 hf_logging.disable_progress_bar()
 
 
-def _check_supported(config: Any, path: str) -> None:
+REFERENCE_KEY = "algorithm.reference.path"
+MODEL_KEYS = ("model.path", REFERENCE_KEY)
+
+
+def _check_supported(config: Any, where: str) -> None:
     if _has_window(config):  # before the type: of a Mistral with layer_types transformers makes a Ministral
-        raise UserError(f"model.path={path}: sliding-window attention is not supported; use a model without it")
+        raise UserError(f"{where}: sliding-window attention is not supported; use a model without it")
     if config.model_type not in MODEL_TYPES:
         raise UserError(
-            f"model.path={path}: model type {config.model_type!r} is not supported; use one of {', '.join(MODEL_TYPES)}"
+            f"{where}: model type {config.model_type!r} is not supported; use one of {', '.join(MODEL_TYPES)}"
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in UNSUPPORTED_ROPE_TYPES:
-        raise UserError(
-            f"model.path={path}: rotary type {rope!r} is not supported; use default, linear, llama3 or yarn"
-        )
+        raise UserError(f"{where}: rotary type {rope!r} is not supported; use default, linear, llama3 or yarn")
 
 
 def _has_window(config: Any) -> bool:
@@ -58,7 +60,7 @@ def _local_or_hub(key: str, path: str) -> str:
     """Refuse what can be neither a model directory nor a hub name, before Hugging Face's own long error."""
     directory = Path(path).expanduser()
     if directory.is_dir():
-        if key == "model.path" and not (directory / "config.json").is_file():
+        if key in MODEL_KEYS and not (directory / "config.json").is_file():
             if (directory / "adapter_config.json").is_file():
                 raise UserError(f"{key}={path}: adapters alone; give them as model.lora.path, and their base here")
             raise UserError(f"{key}={path}: the directory has no config.json; give a Hugging Face model directory")
@@ -68,32 +70,32 @@ def _local_or_hub(key: str, path: str) -> str:
     return path
 
 
-def load_config(path: str) -> Any:
+def load_config(path: str, key: str = "model.path") -> Any:
     """The configuration of a model that fastgrpo can run. Raises UserError as load_model does."""
-    source = _local_or_hub("model.path", path)
+    source = _local_or_hub(key, path)
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
-    _check_supported(config, path)
+        raise UserError(f"{key}={path}: cannot be loaded: {_first_line(error)}") from error
+    _check_supported(config, f"{key}={path}")
     return config
 
 
-def load_model(path: str, *, device: str, dtype: torch.dtype) -> CausalLM:
+def load_model(path: str, *, device: str, dtype: torch.dtype, key: str = "model.path") -> CausalLM:
     """The causal language model of a local directory or hub name, ready for the decoder.
 
-    Raises UserError, naming model.path, where it is no model, cannot be read, or is of a type that is not supported.
+    Raises UserError, naming the key, where it is no model, cannot be read, or is of a type that is not supported.
     """
-    config = load_config(path)
-    source = _local_or_hub("model.path", path)
+    config = load_config(path, key)
+    source = _local_or_hub(key, path)
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model.path={path}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{key}={path}: cannot be loaded: {_first_line(error)}") from error
     model: CausalLM = found[0]
     if missing := sorted(found[1]["missing_keys"]):  # transformers would draw them at random
         raise UserError(
-            f"model.path={path}: its files lack {len(missing)} of the weights that config.json describes, such as "
+            f"{key}={path}: its files lack {len(missing)} of the weights that config.json describes, such as "
             f"{missing[0]}; complete the directory"
         )
     return prepare(model.to(device))

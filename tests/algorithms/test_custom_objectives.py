@@ -91,6 +91,7 @@ def test_what_docs_show_runs(tmp_path):
     assert objective_with("soft_clip", path, surrogate_kwargs={"steepness": 3.0}).custom.metrics == ()
     assert objective_with("geometric_mean", path).relates_tokens
     assert objective_with("skip_stale", path).custom.metrics == ("skipped",)
+    assert objective_with("distill", path, kl_coef=0.0).needs_reference
     kwargs = {"weights": {"exact": 1.0, "brevity": 0.5}}
     compare = comparison(AlgorithmConfig(advantage=f"{path}:decoupled", advantage_kwargs=kwargs))
     compare.check(PROMPT, ["exact", "brevity"], 4)

@@ -49,7 +49,8 @@ class MegatronLearner:
     """One rank's part of the policy, its optimizer and, where the KL term needs it, the reference.
 
     architecture, read: what the model is and where its weights are read (convert.Read). num_updates: optimizer steps
-    of the whole run, for the learning-rate schedule. reference: load the reference model, from the same weights.
+    of the whole run, for the learning-rate schedule. reference: load the reference model, from the same weights, or
+    with other_reference that one, which stays in its file.
     adapters: begin with these and train nothing else; the policy without them is its own reference, and none is loaded.
     merge_adapters: hold the merged matrices too, and offer a sampler these.
 
@@ -66,6 +67,7 @@ class MegatronLearner:
         *,
         num_updates: int,
         reference: bool = False,
+        other_reference: tuple[Architecture, Read] | None = None,
         adapters: Adapters | None = None,
         merge_adapters: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -87,11 +89,17 @@ class MegatronLearner:
             convert.load(self.policy, read, self.parallel)
             lora.merge(self.policy)
             self.reference: list[HiddenStatesModel] | None = None
-            if reference and adapters is None:
-                self.reference = build(architecture, layout, dtype=dtype)
+            self.kept_reference: list[HiddenStatesModel] | None = None
+            """What moves and is saved of it."""
+            if reference and other_reference is not None:
+                of, read = other_reference
+                self.reference = build(of, replace(layout, stage_layers=None), dtype=dtype)
+                convert.load(self.reference, read, self.parallel)
+            elif reference and adapters is None:
+                self.reference = self.kept_reference = build(architecture, layout, dtype=dtype)
                 self.move_reference(1.0)  # from the policy: its files are read once
-                for chunk in self.reference:
-                    chunk.eval().requires_grad_(False)
+            for chunk in self.reference or []:
+                chunk.eval().requires_grad_(False)
             self.ddp = _data_parallel(
                 self.policy,
                 grad_reduce_in_fp32=True,
@@ -104,10 +112,16 @@ class MegatronLearner:
         self._offload, self._saved = Offload(), HostMemory()
 
     @classmethod
-    def from_pretrained(cls, path: str, layout: Layout, config: TrainConfig, **kwargs: Any) -> MegatronLearner:
-        """The learner of a local Hugging Face directory with safetensors. Raises UserError, naming model.path."""
-        from fastgrpo.models.hf import load_config
+    def from_pretrained(
+        cls, path: str, layout: Layout, config: TrainConfig, *, reference_path: str | None = None, **kwargs: Any
+    ) -> MegatronLearner:
+        """The learner of a local Hugging Face directory with safetensors, its reference perhaps another's. Raises
+        UserError, naming model.path or algorithm.reference.path."""
+        from fastgrpo.models.hf import REFERENCE_KEY, load_config
 
+        if reference_path is not None:
+            of = Architecture.of(load_config(reference_path, REFERENCE_KEY))
+            kwargs["other_reference"] = (of, from_directory(reference_path))
         return cls(Architecture.of(load_config(path)), from_directory(path), layout, config, **kwargs)
 
     # --- the update -------------------------------------------------------------------------------------------------
@@ -181,7 +195,7 @@ class MegatronLearner:
         self, batches: Sequence[PackedBatch], *, temperature: float, reference: bool = False
     ) -> list[Tensor]:
         """See Learner.logprobs_of."""
-        is_base = reference and self.policy[0].architecture.adapters is not None
+        is_base = reference and self.reference is None and self.policy[0].architecture.adapters is not None
         chunks = self.reference if reference and not is_base else self.policy
         assert chunks is not None, "no reference model was loaded"
         if reference:  # a policy of its own, which routes by itself
@@ -233,14 +247,14 @@ class MegatronLearner:
 
         def forward(iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
             item = next(iterator)
-            model = chunk if isinstance(chunk, HiddenStatesModel) else chunk.module
+            model: Any = chunk if isinstance(chunk, HiddenStatesModel) else chunk.module
             batch = item.batch
             hidden = chunk(
                 input_ids=batch.token_ids[None],
                 position_ids=batch.position_ids[None],
                 attention_mask=None,
                 packed_seq_params=item.packed,
-                padding_mask=None if self.balance is None else item.for_routers.to(self.device, non_blocking=True),
+                padding_mask=item.for_routers.to(self.device, non_blocking=True) if model.has_routers else None,
             )
             return hidden, partial(of_hidden, model, batch)
 
@@ -274,9 +288,10 @@ class MegatronLearner:
     @torch.no_grad()
     def move_reference(self, share: float) -> None:
         """See Learner.move_reference; nothing without a reference."""
-        if self.reference is None or share == 0.0:
+        if self.kept_reference is None or share == 0.0:
             return
-        theirs, ours = ([p for chunk in chunks for p in chunk.parameters()] for chunks in (self.reference, self.policy))
+        both = (self.kept_reference, self.policy)
+        theirs, ours = ([p for chunk in chunks for p in chunk.parameters()] for chunks in both)
         move_towards(theirs, ours, share)
 
     def begin_save(self, directory: Path, *, copy: bool = False) -> PendingSave:

@@ -140,6 +140,10 @@ class HiddenStatesModel(GPTModel):
         return hidden_states
 
     @property
+    def has_routers(self) -> bool:
+        return self.architecture.num_experts > 0
+
+    @property
     def head_weight(self) -> Tensor:
         """(V / tp, H): this rank's shard of the head; the embedding's where they are tied. Last stage only."""
         assert self.post_process

@@ -75,7 +75,10 @@ def _refuse_what_does_not_fit(directory: Path, shapes: dict[str, tuple[int, ...]
     }
     missing = sorted(shapes.keys() - found.keys())
     if any(key.startswith("reference.") for key in missing):
-        raise UserError(f"resume={directory}: saved without a reference model; resume with algorithm.kl_coef=0")
+        raise UserError(
+            f"resume={directory}: saved without a reference model; resume with algorithm.kl_coef=0, or with the "
+            "algorithm.reference.path of then"
+        )
     if missing:
         raise UserError(f"resume={directory}: {missing[0]} is not in it; resume with the model and dtype of then")
     other = next((key for key, shape in shapes.items() if found[key] != shape), None)
@@ -88,8 +91,8 @@ def _refuse_what_does_not_fit(directory: Path, shapes: dict[str, tuple[int, ...]
 def _sharded(learner: MegatronLearner) -> dict[str, ShardedTensor]:
     """What to write, or to read in place: this rank's tensors with their places in the whole ones."""
     models = {"policy": learner.policy}
-    if learner.reference is not None:
-        models["reference"] = learner.reference
+    if learner.kept_reference is not None:
+        models["reference"] = learner.kept_reference
     state: dict[str, ShardedTensor] = {}
     for prefix, chunks in models.items():
         for entry in _entries(chunks, learner.parallel):

@@ -16,6 +16,7 @@ import adapters
 import every_model
 import torch
 from collectives import Collectives
+from megatron.core.dist_checkpointing import load_tensors_metadata
 from observe import by_token, empty_directory, gradients, save, share_of
 from scenario import (
     NUM_STEPS,
@@ -88,6 +89,29 @@ def sequence_ratios(directory: Path) -> list[dict[str, torch.Tensor]]:
         reported = learner.update(batches, own).metrics["surrogate/clipped"]
         found.append({**ours, **theirs, "reported": torch.tensor(reported)})
         parallel.destroy()
+    return found
+
+
+def other_references(directory: Path) -> list[dict[str, Any]]:
+    """Logprobs under a reference that is another model, with experts or without where the policy is the other way, and
+    what of it is saved; beside those of a learner whose policy it is."""
+    found = []
+    pairs = {Layout(tp=2, sp=True): ("qwen2", "qwen3_moe"), Layout(pp=2): ("qwen3_moe", "llama-tied")}
+    for number, (layout, (model, other)) in enumerate(pairs.items()):
+        path, batches = str(directory / other), batches_of(True)
+        learner = MegatronLearner.from_pretrained(
+            str(directory / model), layout, TRAIN, num_updates=1, reference=True, reference_path=path
+        )
+        own = learner.logprobs_of(batches, temperature=0.7)
+        got = learner.logprobs_of(batches, temperature=0.7, reference=True)
+        saved = empty_directory(directory / f"other-reference-{number}")
+        save(learner, saved)
+        learner.load(saved)
+        parts = {name.split(".")[0] for name in load_tensors_metadata(str(saved))}
+        parallel.destroy()
+        oracle = TorchLearner(model_of(other), TRAIN, num_updates=1)
+        want = oracle.logprobs_of(batches, temperature=0.7)
+        found.append({"own": torch.cat(own), "got": torch.cat(got), "want": torch.cat(want), "saved": parts})
     return found
 
 
@@ -256,6 +280,7 @@ EXTRAS = {
         "every_model": every_model.run_all,
         "head_collectives": head_collectives,
         "sequence_ratios": sequence_ratios,
+        "other_references": other_references,
         "pending_save": pending_save,
     },
     1: {

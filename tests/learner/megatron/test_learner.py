@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from oracle import error, in_checkpoint, largest_error
 from scenario import CASES, NUM_STEPS, batches_of, model_of
 
@@ -111,6 +112,13 @@ def test_ratios_of_whole_sequences_are_the_same_where_rows_are_cut(results_of):
     worst, name = largest_error(cut, whole)
     assert worst <= TOLERANCE, name
     assert 0 < whole["reported"] < 1
+
+
+def test_another_model_can_be_the_reference_and_stays_in_its_file(results_of):
+    for pair in results_of(2)["other_references"]:
+        torch.testing.assert_close(pair["got"], pair["want"], rtol=0, atol=2e-5)
+        assert (pair["got"] - pair["own"]).abs().max() > 0.1
+        assert "reference" not in pair["saved"]
 
 
 def test_the_scenario_exercises_what_it_claims(oracle):

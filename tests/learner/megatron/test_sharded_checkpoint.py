@@ -38,7 +38,8 @@ def test_what_is_missing_from_a_checkpoint_is_named(results_of):
     assert results_of(1)["odd_checkpoints"] == {
         "before any step": 0,
         "one too many": 0,
-        "lacking": "resume=DIRECTORY: saved without a reference model; resume with algorithm.kl_coef=0",
+        "lacking": "resume=DIRECTORY: saved without a reference model; resume with algorithm.kl_coef=0, or "
+        "with the algorithm.reference.path of then",
         "none": "resume=DIRECTORY: no state of a Megatron learner there",
         "reads": [2],  # of each tensor by two learners, also by the one with a reference
         "processes": 0,  # left by a save: a signal to the rank's group would end them before the next
