@@ -32,10 +32,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A verified checkpoint. Example: Checkpoint(path=Path("runs/a/checkpoints/step-000050"), step=50)."""
+    """A verified checkpoint. Example: Checkpoint(path=Path("runs/a/checkpoints/step-000050"))."""
 
     path: Path
-    step: int
+    """Not always named for its step: it may be somebody's copy."""
+
+    @property
+    def step(self) -> int:
+        """The step that it was saved after."""
+        return json.loads((self.path / "manifest.json").read_text())["step"]
 
     @property
     def learner(self) -> Path:
@@ -129,7 +134,7 @@ class Checkpoints:
         for path in every:
             problem = find_problem(path, self.ranks)
             if problem is None:
-                return Checkpoint(path=path, step=_step_of(path))
+                return Checkpoint(path=path)
             notify(f"checkpoint {path} is broken ({problem}); skipped")
         if every:
             raise UserError(
@@ -144,7 +149,8 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _all(self) -> list[Path]:
-        return sorted(self.directory.glob("step-*"), key=_step_of, reverse=True)
+        """The newest first; not a copy of one that somebody has put beside them."""
+        return sorted((p for p in self.directory.glob("step-*") if _step_of(p) >= 0), key=_step_of, reverse=True)
 
     def _remove_partial(self) -> None:
         for path in self.directory.glob(f"{PARTIAL}*"):
@@ -210,7 +216,7 @@ def open_checkpoint(path: Path, ranks: Ranks) -> Checkpoint:
     problem = find_problem(path, ranks)
     if problem is not None:
         raise UserError(f"resume={path}: {problem}; give a run's directory to take its newest whole checkpoint")
-    return Checkpoint(path=path, step=_step_of(path))
+    return Checkpoint(path=path)
 
 
 def _step_of(path: Path) -> int:

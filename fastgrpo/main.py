@@ -299,7 +299,8 @@ def with_shorthands(arguments: list[str]) -> list[str]:
 
 
 def with_run_dir(arguments: list[str]) -> list[str]:
-    """resume=auto without a run.dir goes on in runs/latest, and resume=PATH in the run that the path belongs to.
+    """resume=auto without a run.dir goes on in runs/latest, and resume=PATH in the run that the path belongs to; of a
+    checkpoint that is in none, somebody's copy, a new run begins.
 
     Not in a sweep, each of whose runs has a directory of its own under hydra.sweep.dir."""
     resume, sweeps = value_of(arguments, "resume"), {"--multirun", "-m"}.intersection(arguments)
@@ -309,5 +310,6 @@ def with_run_dir(arguments: list[str]) -> list[str]:
         latest = RUNS / "latest"
         return [*arguments, setting("run.dir", latest.resolve())] if latest.is_dir() else arguments
     path = Path(str(resume)).expanduser()
-    owner = path.parent.parent if path.name.startswith("step-") else path
-    return [*arguments, setting("run.dir", owner)]
+    if path.parent.name == "checkpoints":
+        return [*arguments, setting("run.dir", path.parent.parent)]
+    return [*arguments, setting("run.dir", path)] if (path / "checkpoints").is_dir() else arguments

@@ -22,7 +22,7 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints, notify: Callable[[
     if config.resume == "auto":
         return checkpoints.newest(notify)
     path = Path(config.resume).expanduser()
-    if path.name.startswith("step-"):
+    if path.name.startswith("step-") or (path / "manifest.json").is_file():
         return open_checkpoint(path, checkpoints.ranks)
     found = Checkpoints(path, keep=1, ranks=checkpoints.ranks).newest(notify)
     if found is None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,10 +11,11 @@ import pytest
 
 from fastgrpo import manifest
 from fastgrpo.checkpoint import Checkpoints
-from fastgrpo.config import UserError
+from fastgrpo.config import Config, UserError
 from fastgrpo.learner.protocol import PendingSave
 from fastgrpo.manifest import find_problem
 from fastgrpo.ranks import Ranks
+from fastgrpo.resume import find_checkpoint
 
 NUM_RANKS = 4
 SIZES = [(70_000, 10), (30_000,), (), (20_000, 20_000)]
@@ -147,6 +149,19 @@ def test_the_newest_checkpoints_are_kept(keep, tmp_path):
         checkpoints.save(step, partial(begin_save, rank=0), {})
         checkpoints.publish()
     assert names(tmp_path) == ["step-000010", "step-000011"][2 - keep :]
+
+
+def test_somebodys_copy_is_left_alone_and_can_be_resumed(tmp_path):
+    save(tmp_path, 3, Ranks())
+    copies = [tmp_path / "checkpoints/step-000003-best", tmp_path / "best"]
+    for copy in copies:
+        shutil.copytree(tmp_path / "checkpoints/step-000003", copy)
+    for step in (4, 5, 6):
+        checkpoints = save(tmp_path, step, Ranks())
+    checkpoints.remove_after(5)
+    assert names(tmp_path) == ["step-000003-best", "step-000005"]
+    for copy in copies:
+        assert find_checkpoint(Config(resume=str(copy)), checkpoints, pytest.fail).step == 3
 
 
 DAMAGE = {

@@ -16,7 +16,7 @@ from hydra.core.singleton import Singleton
 
 from fastgrpo.config import UserError
 from fastgrpo.help import all_keys
-from fastgrpo.main import main
+from fastgrpo.main import main, with_run_dir
 from fastgrpo.metrics import read_jsonl
 from fastgrpo.models.hf import load_config
 
@@ -529,6 +529,21 @@ def test_runs_latest_points_to_the_newest_run(call, tiny_qwen2, monkeypatch):
     assert code == 0
     assert f"resuming after step 1 from {Path('runs/latest').resolve()}" in out
     assert len(list(Path("runs/mine").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("resume", "run_dir"),
+    [
+        ("it's/checkpoints/step-000003", ["run.dir='it\\'s'"]),
+        ("it's", ["run.dir='it\\'s'"]),
+        ("backups/step-000003", []),  # whose parent's parent is no run
+        ("nowhere", []),
+    ],
+)
+def test_a_resumed_run_goes_on_in_its_own_directory(resume, run_dir, workplace):
+    Path("it's/checkpoints/step-000003").mkdir(parents=True)
+    Path("backups/step-000003").mkdir(parents=True)
+    assert with_run_dir([f"resume={resume}"])[1:] == run_dir
 
 
 def test_a_run_that_cannot_have_runs_latest(call, tiny_qwen2, monkeypatch):
