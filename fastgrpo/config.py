@@ -445,6 +445,8 @@ class EvalConfig:
     """As sampling.top_p, which evaluations do not follow."""
     top_k: int = 0
     """As sampling.top_k."""
+    by: str | None = None
+    """A column of the data, such as data_source: each of its values has an accuracy of its own, eval/accuracy/VALUE."""
     max_new_tokens: int | None = None
     """null: sampling.max_new_tokens."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,17 +46,23 @@ def evaluate(run: Run) -> dict[str, float]:
     how = Drawing(num_samples=config.num_samples, params=params, seed=seed, label=f"eval-{run.step}")
     with run.ledger("eval"), run.ledger.all_as("eval"):
         groups, failures = score(run, draw_whole(run, prompts, how))
-        metrics, shown = summarize(groups, failures, run.task.decode, run.step)
+        metrics, shown = summarize(groups, failures, run.task.decode, run.step, by=config.by)
     run.log_samples(shown)
     return metrics
 
 
 def summarize(
-    groups: list[ScoredGroup], counts: Mapping[str, float], decode: Callable[[Tensor], str], step: int
+    groups: list[ScoredGroup],
+    counts: Mapping[str, float],
+    decode: Callable[[Tensor], str],
+    step: int,
+    *,
+    by: str | None,
 ) -> tuple[dict[str, float], list[Sample]]:
     """eval/accuracy (mean over all samples), eval/reward, eval/response_length, eval/truncated_fraction, and with
     several samples a prompt eval/pass@k; and some completions to show.
 
+    by: the column whose values have an accuracy each.
     counts: the reward functions' failures. Where there were any, eval/error_count, eval/timeout_count and
     eval/dropped_groups say so; where reward.on_error=drop leaves no group there is nothing else to say."""
     failures = {name.replace("reward", "eval"): counts[name] for name in FAILURES if counts.get(name)}
@@ -69,12 +77,22 @@ def summarize(
         "eval/response_length": sum(int(r.loss_mask.sum()) for r in rollouts) / len(rollouts),
         "eval/truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
     }
+    if by is not None:
+        metrics |= accuracies(right, [group.group.prompt.metadata.get(by) for group in groups])
     k = 2
     while k <= right.shape[1]:
         metrics[f"eval/pass@{k}"] = pass_at(right, k)
         k *= 2
     shown = [sample for group in groups[:NUM_SHOWN] for sample in samples_of(group, decode, step, "eval")[:1]]
     return metrics, shown
+
+
+def accuracies(right: Tensor, values: list[Any]) -> dict[str, float]:
+    """The accuracy of the prompts of each value. right: (prompts, samples) bool."""
+    rows: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        rows.setdefault(re.sub(r"[^\w.-]", "_", str(value)), []).append(row)  # what every tracker takes for a name
+    return {f"eval/accuracy/{name}": right[rows[name]].float().mean().item() for name in sorted(rows)}
 
 
 def correct(group: ScoredGroup) -> Tensor:

@@ -108,6 +108,12 @@ def load_data(config: Config) -> tuple[Any, PromptSets]:
             "for a prompt; lower it"
         )
     prompts = load_prompts(config.data, tokenizer, seed=config.seed, max_prompt_tokens=room)
+    for prompt in prompts.eval if config.eval.by is not None else ():
+        if config.eval.by not in prompt.metadata:
+            there = ", ".join(prompt.metadata) or "none"
+            raise UserError(
+                f"eval.by={config.eval.by}: {prompt.prompt_id} has no such column; further ones are {there}"
+            )
     longest = max(len(prompt.token_ids) for prompt in prompts.train) + config.sampling.max_new_tokens
     if longest > config.learner.max_tokens_per_microbatch:
         raise UserError(

@@ -17,6 +17,7 @@ from runs import assembled, rows_of, without_clock
 from fastgrpo import commands
 from fastgrpo.config import UserError
 from fastgrpo.data import packing
+from fastgrpo.evaluate import accuracies
 from fastgrpo.help import group_choices
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.torch_learner import TorchLearner
@@ -654,11 +655,29 @@ def test_a_seed_repeats_the_run_and_another_does_not(workplace, tiny_qwen2):
     assert Path("first/samples.jsonl").read_bytes() == Path("again/samples.jsonl").read_bytes()
 
 
+def test_each_value_of_a_column_has_an_accuracy_of_its_own(workplace, tiny_qwen2):
+    right = torch.tensor([[1, 0], [1, 1], [0, 0]]).bool()
+    assert accuracies(right, ["grade school", "math", "grade school"]) == {
+        "eval/accuracy/grade_school": 0.25,
+        "eval/accuracy/math": 1.0,
+    }
+    with pytest.raises(UserError, match=r"eval.by=level: eval/\d+ has no such column; further ones are solution$"):
+        rows_of(*small_run(tiny_qwen2, "eval.by=level"))
+
+
 def test_evaluation_is_on_time_and_of_the_held_out_questions(workplace, tiny_qwen2):
-    more = ["train.num_steps=5", "eval.every=2", "eval.num_prompts=3", "eval.num_samples=4", "eval.temperature=1"]
+    more = [
+        "eval.by=solution",
+        "train.num_steps=5",
+        "eval.every=2",
+        "eval.num_prompts=3",
+        "eval.num_samples=4",
+        "eval.temperature=1",
+    ]
     rows = rows_of(*small_run(tiny_qwen2, *more, reward="one"))
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4, 5]
     assert rows[0]["eval/accuracy"] == rows[0]["eval/pass@4"] == rows[0]["eval/reward"] == 1.0
+    assert sum(key.startswith("eval/accuracy/") for key in rows[0]) == 3
     samples = read_jsonl("run/samples.jsonl")
     shown = {(s["step"], s["prompt_id"]) for s in samples if s["kind"] == "eval"}
     assert shown == {(step, f"eval/{i}") for step in (0, 2, 4, 5) for i in range(3)}

@@ -39,8 +39,10 @@ def _import_file(place: str, path: str, key: str) -> ModuleType:
     file = Path(place).expanduser().resolve()
     if not file.is_file():
         raise UserError(f"{key}={path}: there is no file {place} (looked in {Path.cwd()}); correct the path")
-    # Its own name: two files called rewards.py, or one called like an installed package, must not collide.
-    module_name = f"fastgrpo_user_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    # Its own name: two files called rewards.py, or one called like an installed package, must not collide. And it is
+    # read again where it has changed since: a notebook's user mends it and trains again.
+    digest = hashlib.sha256(str(file).encode() + file.read_bytes())
+    module_name = f"fastgrpo_user_{file.stem}_{digest.hexdigest()[:12]}"
     if module_name in sys.modules:
         return sys.modules[module_name]
     if str(file.parent) not in sys.path:

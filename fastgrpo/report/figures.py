@@ -85,7 +85,8 @@ def further_charts(buckets: Buckets) -> list[Chart]:
     """A chart for each metric that has no place of its own: reward terms, a user's own numbers."""
     keys = dict.fromkeys(key for group in buckets.groups for row in group for key in row)
     own = [key for key in keys if key not in HANDLED and not key.startswith(("time/", "eval/"))]
-    own += [key for key in keys if key.startswith("eval/") and not _is_accuracy(key)]
+    accuracies = _accuracy_keys(buckets)[: len(LINE_STYLES)]
+    own += [key for key in keys if key.startswith("eval/") and key not in accuracies]
     charts = [
         Chart(title=key, lines=_measured([_line(buckets, key, "")]), from_zero=False) for key in own[:MAX_FURTHER]
     ]
@@ -149,17 +150,19 @@ def _reward(buckets: Buckets) -> Chart:
 
 
 def _accuracy(buckets: Buckets) -> Chart:
-    keys = dict.fromkeys(key for group in buckets.groups for row in group for key in row if _is_accuracy(key))
-    ordered = sorted(keys, key=lambda key: key != "eval/accuracy")
     lines = [
         Line(label=key.removeprefix("eval/"), values=buckets.mean(key), color=color, dash=dash, dots=True)
-        for key, (color, dash) in zip(ordered, LINE_STYLES, strict=False)
+        for key, (color, dash) in zip(_accuracy_keys(buckets), LINE_STYLES, strict=False)
     ]
     return Chart(title="Held-out accuracy", lines=_measured(lines), kind="percent", from_zero=False, size="wide")
 
 
-def _is_accuracy(key: str) -> bool:
-    return key == "eval/accuracy" or key.startswith("eval/pass@")
+def _accuracy_keys(buckets: Buckets) -> list[str]:
+    """Those that one chart shows together, as many as it can tell apart."""
+    keys = dict.fromkeys(key for group in buckets.groups for row in group for key in row)
+    return sorted(
+        (k for k in keys if k.startswith(("eval/accuracy", "eval/pass@"))), key=lambda k: k != "eval/accuracy"
+    )
 
 
 def _length(buckets: Buckets) -> Chart:

@@ -28,6 +28,8 @@ def test_a_file_imports_its_neighbours_and_two_files_of_one_name_stay_apart(tmp_
     functions = [load_reward(f"{tmp_path}/{folder}/json.py:score").function for folder in "ab"]
     assert [function("") for function in functions] == [1, 2]
     assert "loads" in vars(sys.modules["json"])
+    (tmp_path / "a/json.py").write_text("def score(completion):\n    return 3")  # between two runs of a notebook
+    assert load_reward(f"{tmp_path}/a/json.py:score").function("") == 3
 
 
 def test_methods_and_callable_objects():
