@@ -32,7 +32,7 @@ class Prompt:
     answer: Any = None
     """The reference answer, as the data has it."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Every other column of the data's row."""
+    """Every other column of the data's row, the prompt's as it is there too."""
     max_new_tokens: int | None = None
     """Where it is less than SamplingParams.max_new_tokens, the limit of this prompt's completions: what is left of one
     that has begun."""

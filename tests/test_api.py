@@ -47,8 +47,8 @@ def test_a_dozen_lines_train_on_own_prompts_and_reward(workplace, tiny_qwen2, mo
 
 
 def test_texts_alone_are_prompts_and_a_tenth_is_held_out(workplace, tiny_qwen2):
-    def seen(completion, prompt):
-        return float(prompt in texts)
+    def seen(completion, prompt, question):
+        return float(prompt == question and question in texts)
 
     texts = [f"Say {i}: " for i in range(20)]
     result = fastgrpo.train(texts, reward=seen, overrides=[f"model.path={tiny_qwen2}", "run.dir=run", *SMALL])

@@ -209,7 +209,9 @@ def test_users_own_metrics_are_drawn_too(tmp_path):
     rows = [row(step, **{"reward/format/mean": 0.5, "eval/pass@4": 0.5, "eval/tokens": 9}) for step in (1, 2)]
     _, page = report(tmp_path, rows)
     assert "2 more metrics" in page.text  # pass@4 stands with the accuracy
-    _, many = report(tmp_path / "many", [row(step, **{f"eval/pass@{2**k}": 0.5 for k in range(1, 8)}) for step in (1, 2)])
+    _, many = report(
+        tmp_path / "many", [row(step, **{f"eval/pass@{2**k}": 0.5 for k in range(1, 8)}) for step in (1, 2)]
+    )
     assert "2 more metrics" in many.text  # seven are more than one chart can tell apart
     assert "pass@4 50.0 %" in page.text
     assert "reward/format/mean" in page.text

@@ -661,7 +661,9 @@ def test_each_value_of_a_column_has_an_accuracy_of_its_own(workplace, tiny_qwen2
         "eval/accuracy/grade_school": 0.25,
         "eval/accuracy/math": 1.0,
     }
-    with pytest.raises(UserError, match=r"eval.by=level: eval/\d+ has no such column; further ones are solution$"):
+    with pytest.raises(
+        UserError, match=r"eval.by=level: eval/\d+ has no such column; further ones are prompt, solution$"
+    ):
         rows_of(*small_run(tiny_qwen2, "eval.by=level"))
 
 

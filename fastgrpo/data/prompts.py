@@ -61,7 +61,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, seed: int, max_prompt_to
 
     `tokenizer` is a Hugging Face tokenizer. A prompt may have max_prompt_tokens tokens, or data.max_prompt_tokens
     where that is less. prompt_id is "train/17" or "eval/17" by the row's number in its file, from 0; every column
-    but prompt and answer goes to `metadata`.
+    but the answer goes to `metadata`.
 
     The held-out rows are the data.eval_size prompts whose text has the smallest SHA-256: the same ones for every
     seed, row order and machine, and a larger eval_size only adds to them. Rows are compared by their prompt column,
@@ -194,16 +194,14 @@ class _PromptBuilder:
         )
 
     def _prompt(self, row: Row, prompt_id: str, text: str, ids: Tensor) -> Prompt:
-        taken = {self._config.prompt_column}
         answer = None
         if self._config.answer_column is not None:
             mend = "; data.answer_column=null is for data without answers"
             answer = _column(row, self._config.answer_column, "data.answer_column", mend)
-            taken.add(self._config.answer_column)
         return Prompt(
             prompt_id=prompt_id,
             token_ids=ids,
             text=text,
             answer=answer,
-            metadata={name: value for name, value in row.values.items() if name not in taken},
+            metadata={name: value for name, value in row.values.items() if name != self._config.answer_column},
         )

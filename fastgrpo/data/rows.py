@@ -25,7 +25,7 @@ def existing_file(path: str, key: str) -> Path:
     """The path as a file that is there. Raises UserError naming the key otherwise."""
     file = Path(path).expanduser()
     if file.is_dir():
-        raise UserError(f"{key}={path} is a directory; name the file in it")
+        raise UserError(f"{key}={path} is a directory; name the file in it, or read all of its files with data=hub")
     if not file.is_file():
         raise UserError(f"{key}={path} does not exist (looked in {Path.cwd()}); correct the path")
     return file

@@ -57,7 +57,10 @@ def test_missing_file(tokenizer, tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     there = f"does not exist (looked in {tmp_path}); correct the path"
     assert error_of(tokenizer, "no.jsonl", source=source) == f"data.path=no.jsonl {there}"
-    assert error_of(tokenizer, ".", source=source) == "data.path=. is a directory; name the file in it"
+    assert (
+        error_of(tokenizer, ".", source=source)
+        == "data.path=. is a directory; name the file in it, or read all of its files with data=hub"
+    )
 
 
 def test_missing_eval_file(tokenizer, jsonl):

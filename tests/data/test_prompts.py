@@ -30,17 +30,22 @@ def test_a_row_becomes_a_prompt(jsonl, tokenizer):
         "train/0",
         "a b",
         {"x": 1},
-        {"level": 3, "tags": ["t"]},
+        {"question": "a b", "level": 3, "tags": ["t"]},
     )
     assert first.token_ids.dtype == torch.int64
     assert tokenizer.decode(first.token_ids) == "a b"
-    assert (second.prompt_id, second.text, second.answer, second.metadata) == ("train/1", "c", 2, {})
+    assert (second.prompt_id, second.text, second.answer, second.metadata) == (
+        "train/1",
+        "c",
+        2,
+        {"question": "c"},
+    )
 
 
 def test_columns_are_the_configurations(jsonl, tokenizer):
     path = jsonl([{"q": "one", "answer": "kept"}])
     (prompt,) = load(tokenizer, path, prompt_column="q", answer_column=None, prompt_template="{prompt} {x}").train
-    assert (prompt.text, prompt.answer, prompt.metadata) == ("one {x}", None, {"answer": "kept"})
+    assert (prompt.text, prompt.answer, prompt.metadata) == ("one {x}", None, {"q": "one", "answer": "kept"})
 
 
 def test_parquet_is_read_like_jsonl(jsonl, tmp_path, tokenizer):
@@ -118,7 +123,7 @@ def test_arithmetic_with_a_tokenizer_of_its_alphabet(tokenizer_like):
     assert prompt.prompt_id == "train/3"
     assert prompt.answer == str(int(left) - int(right))
     assert prompt.metadata["solution"].endswith("#" + prompt.answer)
-    assert list(prompt.metadata) == ["solution"]
+    assert list(prompt.metadata) == ["prompt", "solution"]
     assert tokenizer.decode(tokenizer(prompt.metadata["solution"])["input_ids"]) == prompt.metadata["solution"]
 
 
