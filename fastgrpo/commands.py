@@ -196,11 +196,12 @@ def _lock(directory: int, config: Config) -> None:
 
 def _point_latest_to(run_dir: Path, notify: Callable[[str], object]) -> None:
     """A convenience, which a file system without links does not have."""
-    runs = Path("runs").resolve()
-    if runs in run_dir.resolve().parents:
+    runs, place = Path("runs").resolve(), run_dir.resolve()
+    # As it is named too: what is under runs/ may be links to another disk.
+    if runs in place.parents or Path("runs").absolute() in run_dir.absolute().parents:
         fresh = runs / f".latest-{os.getpid()}"  # another run may begin at the same moment
         try:
-            fresh.symlink_to(run_dir.resolve().relative_to(runs))
+            fresh.symlink_to(os.path.relpath(place, runs))
             fresh.replace(runs / "latest")
         except OSError as error:
             fresh.unlink(missing_ok=True)

@@ -517,6 +517,9 @@ def test_train_leaves_a_run_directory(call, tiny_qwen2):
 def test_runs_latest_points_to_the_newest_run(call, tiny_qwen2, monkeypatch):
     Path("it's a,(b)=c").mkdir()  # Hydra's grammar knows all of these
     monkeypatch.chdir("it's a,(b)=c")
+    Path("scratch").mkdir()
+    Path("runs").mkdir()
+    Path("runs/mine").symlink_to("../scratch")
     small = [argument for argument in small_run(tiny_qwen2, "train.num_steps=1") if "run.dir" not in argument]
     assert call("train", *small, "run.dir=runs/mine/first")[0] == 0
     assert Path("runs/latest").resolve() == Path("runs/mine/first").resolve()
