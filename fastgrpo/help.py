@@ -22,6 +22,7 @@ EXAMPLES = {
   fastgrpo train model.path=DIR data.path=FILE.jsonl reward=gsm8k  your model and data
   fastgrpo train run.dir=runs/mine resume=auto                     go on where runs/mine stopped
   fastgrpo train --multirun algorithm=grpo,dapo seed=0,1           four runs
+  fastgrpo train --config-dir runs/mine --config-name config run.dir=runs/again   the same run once more
   fastgrpo train --cfg job                                         print the configuration and stop""",
     "eval": """\
   fastgrpo eval model.path=runs/latest/hf sampling.max_new_tokens=40   the quickstart's policy, greedy

@@ -54,6 +54,8 @@ def _chain(error: BaseException | None):
 
 def _unknown_key(key: str, schema: type) -> str:
     known = [*all_keys(schema), *group_choices()]
+    if key in known:
+        return f"{key}: not in your configuration; begin it with `defaults: [train, _self_]`"
     same_name = [name for name in known if "." in name and name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     section = [name for name in known if name.startswith(key.rsplit(".", 1)[0] + ".")]
     close = difflib.get_close_matches(key, section or known, n=1, cutoff=0.75)

@@ -140,7 +140,7 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Any, str], int], 
             composed.run.dir = HydraConfig.get().runtime.output_dir
         try:
             with hydra_errors_in_one_line(schema):
-                settings = converted(composed)
+                settings = converted(composed, schema)
             codes.append(task(*settings))
         except UserError as error:  # past Hydra, which would announce it in its own words
             mistakes.append(error)
@@ -148,7 +148,7 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Any, str], int], 
     # Hydra would print its own traceback and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Its parser wants all settings in a row, wherever the user put the options.
-    sys.argv = [f"fastgrpo {name}", *sorted(map(open_mapping, arguments), key=is_setting)]
+    sys.argv = [f"fastgrpo {name}", *sorted(map(open_mapping, [*arguments, *quiet(arguments)]), key=is_setting)]
     try:
         with hydra_errors_in_one_line(schema):
             hydra.main(version_base="1.3", config_path=CONF, config_name=name)(job)()
@@ -186,19 +186,21 @@ def _hydra_of_the_caller_aside() -> Iterator[None]:
         GlobalHydra.instance().hydra = callers
 
 
-def converted(composed: Any) -> tuple[Any, str]:
-    """The composed configuration as dataclasses, and resolved as YAML.
+def converted(composed: Any, schema: type = Config) -> tuple[Any, str]:
+    """The composed configuration as dataclasses, and resolved as YAML. A --config-name of the user's, such as a run's
+    config.yaml, need not name the schema.
 
     Raises UserError where a value is missing, or a key is none of the schema's, which Hydra lets +KEY=VALUE add."""
     from omegaconf import OmegaConf
 
     from fastgrpo.hydra_errors import refuse_added_keys
 
+    composed = OmegaConf.merge(OmegaConf.structured(schema), composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(f"{missing[0]} is not set; add {missing[0]}=... to the command")
     config: Any = OmegaConf.to_object(composed)
-    refuse_added_keys(config, type(config))
+    refuse_added_keys(config, schema)
     return config, OmegaConf.to_yaml(composed, resolve=True)
 
 
@@ -239,6 +241,19 @@ def _plan(config: Config, text: str) -> int:
     plan, lines = commands.plan(config)
     print(lines)
     return 0 if plan.fits else 1
+
+
+def quiet(arguments: list[str]) -> list[str]:
+    """What conf/train.yaml says of Hydra itself, where the user's own --config-name takes its place."""
+    if not names_config(arguments):
+        return []
+    logging = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    return ["hydra.run.dir=.", "hydra.output_subdir=null", *logging]
+
+
+def names_config(arguments: list[str]) -> bool:
+    """Whether the user's own configuration takes the place of conf/train.yaml."""
+    return any(argument.split("=")[0] in ("--config-name", "-cn") for argument in arguments)
 
 
 def refuse_unknown_options(arguments: list[str]) -> None:
@@ -288,7 +303,9 @@ def with_shorthands(arguments: list[str]) -> list[str]:
 
     So the defaults that suit the quickstart never meet a real model.
     """
-    added = []
+    added: list[str] = []
+    if names_config(arguments):  # which has no choices
+        return arguments
     path = value_of(arguments, "model.path")
     if path not in (None, "null") and value_of(arguments, "model") is None:
         added.append("model=hf")

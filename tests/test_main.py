@@ -512,6 +512,14 @@ def test_train_leaves_a_run_directory(call, tiny_qwen2):
     left = {"checkpoints", "config.yaml", "hf", "metrics.jsonl", "report.html", "samples.jsonl", "tensorboard"}
     assert {path.name for path in Path("run").iterdir()} == left
     assert "  num_steps: 2\n" in Path("run/config.yaml").read_text()
+    code, _, err = call("train", "--config-dir=run", "--config-name=config", "run.dir=again")
+    assert (code, err) == (0, "")
+    policies = [Path(run, "hf/model.safetensors").read_bytes() for run in ("run", "again")]
+    assert policies[0] == policies[1]
+    assert {path.name for path in Path().iterdir()} == {"run", "again"}
+    Path("mine.yaml").write_text("train: {num_steps: 1}")
+    _, _, err = call("train", "--config-dir=.", "--config-name=mine", "run.dir=other")
+    assert err == "fastgrpo: run.dir: not in your configuration; begin it with `defaults: [train, _self_]`\n"
 
 
 def test_runs_latest_points_to_the_newest_run(call, tiny_qwen2, monkeypatch):
