@@ -623,11 +623,14 @@ def test_report_writes_the_page_again(call, tiny_qwen2):
     line = "run.dir=run: report.html cannot be written there: [Errno 21] Is a directory: 'run/report.html.tmp'"
     assert call("report", "run.dir=run") == (2, "", f"fastgrpo: {line}\n")
     Path("run/report.html.tmp").rmdir()
-    Path("run/metrics.jsonl.tmp").mkdir()
+    samples = Path("run/samples.jsonl").rename("run/samples")
+    Path("run/samples.jsonl").mkdir()
     assert call("train", *small_run(tiny_qwen2, "resume=auto"))[2] == (
-        "fastgrpo: run.dir=run: [Errno 21] Is a directory: 'run/metrics.jsonl.tmp'; make room or mend the disk, then "
-        "try again\n"
+        "fastgrpo: run.dir=run: [Errno 21] Is a directory: 'run/samples.jsonl'; make room or mend the disk, then try "
+        "again\n"
     )
+    Path("run/samples.jsonl").rmdir()
+    samples.rename("run/samples.jsonl")
     assert call("report", "run.dir=run") == (0, "run/report.html\n", "")
     assert "<html" in page.read_text()
     assert call("report", "run") == (2, "", "fastgrpo: run: `fastgrpo report` knows run.dir=PATH alone\n")
