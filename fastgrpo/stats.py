@@ -78,8 +78,11 @@ def of_staleness(groups: list[ScoredGroup], policy_version: int) -> dict[str, fl
     ]
     if not versions:
         return {}
-    age = policy_version - torch.cat(versions)
-    return {"staleness/mean": age.float().mean().item(), "staleness/max": age.max().item()}
+    count, total = sum(map(len, versions)), sum(int(each.sum()) for each in versions)
+    return {
+        "staleness/mean": (policy_version * count - total) / count,
+        "staleness/max": policy_version - min(int(each.min()) for each in versions),
+    }
 
 
 def of_updates(results: list[StepResult], *, comparable: bool) -> dict[str, float]:
