@@ -68,7 +68,11 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, numbers: Tensor) -> None:
         super().__init__(file)
         self._numbers = numbers
+        self._viewed: dict[torch.dtype, Tensor] = {}  # once a dtype: each look at a tensor takes microseconds, too
 
     def persistent_load(self, pid: tuple[torch.dtype, tuple[int, ...], int]) -> Tensor:
         dtype, shape, offset = pid
-        return self._numbers[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        if dtype not in self._viewed:
+            self._viewed[dtype] = self._numbers.view(dtype)
+        tensor = self._viewed[dtype].narrow(0, offset // dtype.itemsize, math.prod(shape))
+        return tensor if len(shape) == 1 else tensor.view(shape)

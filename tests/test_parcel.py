@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.parcel import pack, unpack
 from fastgrpo.types import Rollout
@@ -49,3 +50,23 @@ def test_rollouts_keep_their_fields_and_take_their_tensors_bytes():
     assert torch.equal(again.sampler_logprobs, rollout.sampler_logprobs)
     assert twin is again  # as pickle keeps it
     assert len(message) < size * (8 + 1 + 4) + 1000 < len(pickle.dumps([rollout] * 2)) + 2000
+
+
+class Operations(TorchDispatchMode):
+    """How many of torch's operations are run inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, _, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_tensor_more_takes_one_operation_more():
+    counts = []
+    for number in (10, 40):
+        message = pack([torch.arange(5), *(torch.ones(3) for _ in range(number))])
+        with Operations() as operations:
+            unpack(message)
+        counts.append(operations.count)
+    assert counts[1] - counts[0] == 30
