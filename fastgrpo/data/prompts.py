@@ -45,7 +45,7 @@ class PromptSets:
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """What is read is no garbage, and to look through it again and again takes up to a third of the time."""
+    """What is read is no garbage, and to look through it again and again takes a quarter of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
