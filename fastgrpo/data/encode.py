@@ -29,7 +29,7 @@ def encode(tokenizer: Any, texts: list[str], places: list[str], *, special_token
         for text, row, place in zip(texts[batch], rows, places[batch], strict=True):
             _check(tokenizer, text, row, place, special_tokens)
             begins_twice = special_tokens and row[:2] == [tokenizer.bos_token_id] * 2
-            # At once, for Python's integers take four times the memory; by NumPy, as torch.tensor here took a fifth more.
+            # At once, as Python's integers take four times the memory; by NumPy, as torch.tensor took a fifth longer.
             ids.append(torch.from_numpy(np.array(row[1:] if begins_twice else row, np.int64)))
     return ids
 
