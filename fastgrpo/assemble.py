@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -155,6 +156,10 @@ def assemble(
             peak_flops=peak_flops(*device_of(config)),
             export=lambda path: export(path, learner, adapters or model, task.tokenizer),
         )
+        # What is there by now stays. Looked through again and again it would hold up a step, and with it every rank.
+        gc.collect()
+        gc.freeze()
+        stack.callback(gc.unfreeze)
         yield run
         run.phases.enter("rollout")  # an engine is closed awake, and needs the room that it had
 

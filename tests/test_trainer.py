@@ -1,5 +1,6 @@
 """The loop with a tiny model: what a step does under each setting, and what it writes down."""
 
+import gc
 import json
 import math
 import re
@@ -700,6 +701,13 @@ def test_samples_of_the_first_groups_are_kept(workplace, tiny_qwen2):
     samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [1] * 8 + [2] * 8  # two groups of four
     assert sum(sample["advantage"] for sample in samples[:4]) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_garbage_collector_leaves_alone_what_was_set_up(workplace, tiny_qwen2):
+    with assembled(*small_run(tiny_qwen2)) as run:
+        assert gc.get_freeze_count() > 100_000
+        assert not any(run is each for each in gc.get_objects())
+    assert gc.get_freeze_count() == 0
 
 
 def test_setting_up_is_no_steps_time(workplace, tiny_qwen2):

@@ -122,6 +122,7 @@ def _facts(config: Config) -> list[tuple[str, str]]:
         "objective": text("algorithm.surrogate") + clip + text("algorithm.ratio_level", ", {} ratio"),
         "advantage": text("algorithm.advantage") + text("algorithm.aggregation", ", {}"),
         "KL": "none" if _get(config, "algorithm.kl_coef") == 0 else text("algorithm.kl_coef") + _estimator(text),
+        "reference": text("algorithm.reference.path"),
         "a step": text("train.prompts_per_step", "{} prompts") + text("algorithm.group_size", " × {}"),
         "learning rate": text("train.learning_rate") + text("train.lr_schedule", ", {}"),
         "sampling": text("sampling.temperature", "temperature {}") + text("sampling.max_new_tokens", ", ≤ {} tokens"),
