@@ -53,11 +53,12 @@ class ProcessExecutor:
         self._start()
 
     def _start(self) -> None:
+        self._context = _WorkerContext()
         self._pool = ProcessPool(
             max_workers=self._num_workers,
             initializer=initialize,
             initargs=(os.getpid(), self._shipments),
-            context=_WorkerContext(),
+            context=self._context,
         )
         self._closed = threading.Event()
         started: Future[None] = Future()
@@ -91,6 +92,7 @@ class ProcessExecutor:
 
     def close(self) -> None:
         self._pool.stop()
+        self._context.kill_workers()  # before pebble takes from those that still start what they would miss aloud
         self._pool.join()
         self._closed.set()
 
@@ -198,7 +200,20 @@ class _WorkerProcess(SpawnProcess):
 
 
 class _WorkerContext(SpawnContext):
-    Process = _WorkerProcess
+    """Knows the workers that it started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._workers: list[_WorkerProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> _WorkerProcess:  # type: ignore[override]  # noqa: N802
+        self._workers = [worker for worker in self._workers if worker.is_alive()]
+        self._workers.append(_WorkerProcess(*args, **kwargs))
+        return self._workers[-1]
+
+    def kill_workers(self) -> None:
+        for worker in self._workers:
+            worker.terminate()
 
 
 @contextmanager
