@@ -37,7 +37,9 @@ class Sequences:
         return self.sum(torch.ones_like(self.ids))
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over each token's sequence, given back to each of its tokens; values and result (n,)."""
+        """The sum over each token's sequence, given back to each of its tokens; values and result (n,). Booleans are
+        counted."""
+        values = values.long() if values.dtype == torch.bool else values
         return values.new_zeros(self.num_sequences).index_add(0, self.ids, values)[self.ids]
 
     def mean(self, values: Tensor) -> Tensor:

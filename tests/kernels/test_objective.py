@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgrpo.kernels.objective import LossInputs, Objective
+from fastgrpo.kernels.objective import LossInputs, Objective, Sequences
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,9 @@ def test_tokens_of_a_batch_keep_their_sequences():
     kept = batch.tokens_at(torch.tensor([0, 3, 4]))
     assert (kept.targets.tolist(), kept.cu_seqlens.tolist()) == ([0, 3, 4], [0, 1, 1, 3])
     assert batch.tokens_at(None) is batch
+
+
+def test_sequences_count_booleans():
+    sequences, marked = Sequences(torch.tensor([0, 0, 1, 1]), 2), torch.tensor([True, True, False, True])
+    assert sequences.sum(marked).tolist() == [2, 2, 1, 1]
+    assert sequences.mean(marked).tolist() == [1.0, 1.0, 0.5, 0.5]
