@@ -72,7 +72,7 @@ def load_task(
         responds = load_environment(config.environment, environment)
         tokenizer, prompts = load_data(config)
         vocab_size = check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=needs_eval_prompts).vocab_size
-        check_reference(config, objective, tokenizer, vocab_size)
+        check_reference(config, objective, tokenizer, vocab_size, longest_sequence(config, prompts))
         rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
         if isinstance(compare, CustomAdvantage):
             compare.check(prompts.train[0], rewards.names, config.algorithm.group_size)
@@ -114,7 +114,7 @@ def load_data(config: Config) -> tuple[Any, PromptSets]:
             raise UserError(
                 f"eval.by={config.eval.by}: {prompt.prompt_id} has no such column; further ones are {there}"
             )
-    longest = max(len(prompt.token_ids) for prompt in prompts.train) + config.sampling.max_new_tokens
+    longest = longest_sequence(config, prompts)
     if longest > config.learner.max_tokens_per_microbatch:
         raise UserError(
             f"learner.max_tokens_per_microbatch={config.learner.max_tokens_per_microbatch}: a prompt and its "
@@ -138,8 +138,14 @@ def check_model(config: Config, tokenizer: Any, prompts: PromptSets, ranks: Rank
     return model_config
 
 
-def check_reference(config: Config, objective: Objective, tokenizer: Any, vocab_size: int) -> None:
-    """Raise UserError where another model is no reference, or reads other tokens than the policy's vocab_size."""
+def longest_sequence(config: Config, prompts: PromptSets) -> int:
+    """The tokens that a training prompt and its completion can have."""
+    return max(len(prompt.token_ids) for prompt in prompts.train) + config.sampling.max_new_tokens
+
+
+def check_reference(config: Config, objective: Objective, tokenizer: Any, vocab_size: int, longest: int) -> None:
+    """Raise UserError where another model is no reference, or reads other tokens than the policy's vocab_size, or fewer
+    than `longest` at a time."""
     path = config.algorithm.reference.path
     if path is None:
         return
@@ -158,10 +164,16 @@ def check_reference(config: Config, objective: Objective, tokenizer: Any, vocab_
                 f"{where}: the policy's token {other!r} is number {ours[other]}, and there it is "
                 f"{theirs.get(other, 'missing')}; give a model with the policy's tokens"
             )
-    theirs_size, largest = hf.load_config(path, hf.REFERENCE_KEY).vocab_size, max(ours.values())
-    if theirs_size <= largest:
+    model_config, largest = hf.load_config(path, hf.REFERENCE_KEY), max(ours.values())
+    if model_config.vocab_size <= largest:
         raise UserError(
-            f"{where}: it has {theirs_size} tokens, and the policy's go up to {largest}; give another model"
+            f"{where}: it has {model_config.vocab_size} tokens, and the policy's go up to {largest}; give another model"
+        )
+    context = model_config.max_position_embeddings
+    if longest > context:
+        raise UserError(
+            f"{where}: its context is of {context} tokens, and a prompt and its completion can have {longest}; lower "
+            "sampling.max_new_tokens, or give another model"
         )
 
 

@@ -235,13 +235,18 @@ def test_the_reference_can_be_another_model(rank, workplace, tiny_qwen2, tmp_pat
     [
         ("config.json", ('"vocab_size": 258', '"vocab_size": 99'), "it has 99 tokens, and the policy's go up to 257"),
         (
+            "config.json",
+            ('"max_position_embeddings": 128', '"max_position_embeddings": 9'),
+            "its context is of 9 tokens, and a prompt and its completion can have",
+        ),
+        (
             "tokenizer.json",
             ('"a": ', '"other": '),
             "the policy's token 'a' is number .*, and there it is missing; give",
         ),
     ],
 )
-def test_a_reference_with_other_tokens_is_refused(file, change, message, workplace, tiny_qwen2, tmp_path):
+def test_a_reference_that_cannot_read_the_tokens_is_refused(file, change, message, workplace, tiny_qwen2, tmp_path):
     path = save_tiny_model(tmp_path / "teacher")
     text = (tmp_path / "teacher" / file).read_text()
     assert change[0] in text
