@@ -35,28 +35,31 @@ def custom_terms(
     custom, scored = objective.custom, batch.token_weights != 0
     assert custom is not None
 
-    def clean(field: Tensor | None) -> Tensor | None:
-        return None if field is None else torch.where(scored, field.to(log_p.dtype), 0.0)
+    def clean(field: Tensor) -> Tensor:
+        return torch.where(scored, field.to(log_p.dtype), 0.0)
+
+    def clean_if_known(field: Tensor | None) -> Tensor | None:
+        return None if field is None else clean(field)
 
     with torch.enable_grad():
-        leaf = torch.where(scored, log_p, 0.0).detach().requires_grad_()
-        old = clean(batch.old_logprobs)
-        old = leaf.detach() if old is None else old
+        leaf = clean(log_p).detach().requires_grad_()
+        # Memory of its own, as recorded_ratio has: the function may write into what it is given.
+        old = clean(log_p.detach() if batch.old_logprobs is None else batch.old_logprobs)
         sequences = sequences_of(batch, scored) if objective.relates_tokens else None
         log_ratio = leaf - old
         if objective.ratio_level == "sequence":
             assert sequences is not None
             log_ratio = sequences.mean(log_ratio)
-        advantages = clean(batch.advantages)
-        assert advantages is not None
+        ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        recorded_ratio = ratio.detach().clone()
         inputs = SurrogateInputs(
             logprobs=leaf,
-            ratio=log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(),
-            advantages=advantages,
+            ratio=ratio,
+            advantages=clean(batch.advantages),
             old_logprobs=old,
-            ref_logprobs=clean(batch.ref_logprobs),
-            sampler_logprobs=clean(batch.sampler_logprobs),
-            entropy=clean(entropy),
+            ref_logprobs=clean_if_known(batch.ref_logprobs),
+            sampler_logprobs=clean_if_known(batch.sampler_logprobs),
+            entropy=clean_if_known(entropy),
             sequences=sequences,
         )
         value, metrics = custom.function(inputs)
@@ -71,7 +74,7 @@ def custom_terms(
     return CustomTerms(
         value=value.detach(),
         grad_logprob=torch.zeros_like(log_p) if grad is None else torch.where(scored, grad, 0.0),
-        ratio=inputs.ratio.detach(),
+        ratio=recorded_ratio,
         metrics=tuple(torch.where(scored, given, 0.0) for given in reported),
     )
 

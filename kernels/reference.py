@@ -262,7 +262,7 @@ def _custom(
         logprobs=logprobs,
         ratio=ratio[kept],
         advantages=part.advantages.to(log_p.dtype),
-        old_logprobs=logprobs.detach() if part.old_logprobs is None else part.old_logprobs.to(log_p.dtype),
+        old_logprobs=logprobs.detach().clone() if part.old_logprobs is None else part.old_logprobs.to(log_p.dtype),
         ref_logprobs=wide(part.ref_logprobs),
         sampler_logprobs=wide(part.sampler_logprobs),
         entropy=entropy[kept],

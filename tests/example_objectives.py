@@ -1,6 +1,10 @@
 """Surrogates and advantages that tests name by path."""
 
+import itertools
+
 import torch
+
+calls = itertools.count()
 
 
 def clip(logprobs, old_logprobs, advantages, ref_logprobs, width=0.2, kl_coef=0.04):
@@ -43,6 +47,34 @@ def infinite(logprobs, advantages):
     return -advantages / (logprobs - logprobs.detach())
 
 
+def infinite_on_policy(logprobs, old_logprobs):
+    return (logprobs - old_logprobs).abs().sqrt()
+
+
+def random(ratio):
+    return ratio * (torch.rand_like(ratio) < 0.5)
+
+
+def alternates(ratio):
+    return ratio, {("odd", "even")[next(calls) % 2]: ratio}
+
+
+def oddly_named(ratio):
+    return ratio, {"50%": ratio}
+
+
+def only_where_agreed(ratio, advantages, old_logprobs, sampler_logprobs, sequences):
+    """Geometric-mean rejection: nothing but completions of which sampler and learner think the same."""
+    kept = sequences.mean(old_logprobs - sampler_logprobs).abs() < 1e-3
+    return -ratio * advantages * kept
+
+
+def writes(logprobs, old_logprobs, ratio, advantages):
+    old_logprobs.zero_()
+    weight = ratio.detach().mul_(2.0)
+    return -logprobs * advantages.mul_(weight)
+
+
 def one_number(ratio):
     return ratio.sum()
 
@@ -61,6 +93,10 @@ async def waits(ratio):
 
 def asks_for_more(ratio, discount):
     return ratio * discount
+
+
+def without_care_for_equal_ones(rewards):
+    return (rewards - rewards.mean()) / rewards.std()
 
 
 def too_few(rewards):

@@ -32,8 +32,8 @@ class CustomAdvantage:
         return [replace(group, advantages=self._of(group, batch_rewards)) for group in groups]
 
     def check(self, prompt: Prompt, reward_names: Sequence[str], group_size: int) -> None:
-        """Calls it with made-up rewards of a real prompt, so that a broken function ends the run before it starts."""
-        rewards = torch.arange(group_size, dtype=torch.float32) / group_size
+        """Calls it with made-up rewards of a real prompt, different ones and equal ones, so that a broken function ends
+        the run before it starts."""
         rollout = Rollout(
             prompt_id=prompt.prompt_id,
             token_ids=torch.zeros(2, dtype=torch.int64),
@@ -43,7 +43,9 @@ class CustomAdvantage:
             policy_version=0,
         )
         group = RolloutGroup(prompt=prompt, rollouts=(rollout,) * group_size)
-        self([ScoredGroup(group=group, rewards=rewards, reward_terms=dict.fromkeys(reward_names, rewards))])
+        different = torch.arange(group_size, dtype=torch.float32) / group_size
+        for rewards in (different, torch.zeros(group_size)):
+            self([ScoredGroup(group=group, rewards=rewards, reward_terms=dict.fromkeys(reward_names, rewards))])
 
     def _of(self, group: ScoredGroup, batch_rewards: Tensor) -> Tensor | tuple[Tensor, ...]:
         """(G,) float32, or a (R_i,) a completion."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from fastgrpo.config import AlgorithmConfig, UserError
 from fastgrpo.functions.inline import Inline
+from fastgrpo.functions.loading import listed
 from fastgrpo.kernels.custom_terms import CustomTerms, custom_terms
 from fastgrpo.kernels.objective import CustomSurrogate, LossInputs, Objective, SurrogateInputs, SurrogateValues
 
@@ -16,6 +18,7 @@ KEY = "algorithm.surrogate"
 ALWAYS = ("logprobs", "ratio", "advantages", "old_logprobs")
 ON_DEMAND = ("ref_logprobs", "sampler_logprobs", "entropy", "sequences")
 TRIAL_LENGTHS = (3, 1, 4, 2, 6)
+METRIC_NAME = r"[\w./ -]+"  # what every tracker takes
 
 
 def load(config: AlgorithmConfig) -> CustomSurrogate:
@@ -38,7 +41,10 @@ def load(config: AlgorithmConfig) -> CustomSurrogate:
 
 def tried(objective: Objective) -> Objective:
     """The objective, its surrogate's metrics known. Raises UserError where the surrogate breaks its contract on made-up
-    tokens: not a value a token, not finite, without a gradient, or another value beside other tokens."""
+    tokens: not a value a token, not finite, without a gradient, or another value beside others or at another call.
+
+    The policy is a little off the others, then equals them, as on-policy: a mask may leave a gradient, and a root be
+    finite, in one of the two alone."""
     custom = objective.custom
     assert custom is not None
     where = f"{KEY}={custom.name}"
@@ -49,16 +55,33 @@ def tried(objective: Objective) -> Objective:
         names[:] = metrics
         return value, metrics
 
+    def same_names(inputs: SurrogateInputs) -> SurrogateValues:
+        value, metrics = custom.function(inputs)
+        if metrics.keys() != set(names):
+            now, then = listed(metrics), listed(names)
+            raise UserError(f"{where} reports {now} where it has reported {then}; report the same at every call")
+        return value, metrics
+
     batch, log_p, entropy = _trial_batch()
+    on_policy = replace(batch, old_logprobs=None, ref_logprobs=log_p, sampler_logprobs=log_p)
     try:
-        _terms(batch, log_p, entropy, replace(objective, surrogate=replace(custom, function=noting)))
-        objective = replace(objective, surrogate=replace(custom, metrics=tuple(names)))
-        whole = _terms(batch, log_p, entropy, objective)
-    except ValueError as error:  # of a shape; a UserError passes as it is
+        whole = _terms(batch, log_p, entropy, replace(objective, surrogate=replace(custom, function=noting)))
+        for name in names:
+            if not isinstance(name, str) or re.fullmatch(METRIC_NAME, name) is None:
+                raise UserError(f"{where} reports {name!r}; name it with letters, digits, spaces and any of _ . / -")
+        objective = replace(objective, surrogate=replace(custom, function=same_names, metrics=tuple(names)))
+        again = _terms(batch, log_p, entropy, objective)
+        agreeing = _terms(on_policy, log_p, entropy, objective)
+    except UserError:
+        raise
+    except ValueError as error:  # of a shape
         raise UserError(str(error).replace("the surrogate ", f"{KEY}=")) from None
-    if not all(bool(x.isfinite().all()) for x in (whole.value, whole.grad_logprob)):
-        raise UserError(f"{where}: a value or its gradient is not finite for common logprobs; mend the function")
-    if not whole.grad_logprob.any():
+    for terms, when in ((whole, "common logprobs"), (agreeing, "a policy that equals the old one")):
+        if not all(bool(x.isfinite().all()) for x in (terms.value, terms.grad_logprob)):
+            raise UserError(f"{where}: a value or its gradient is not finite for {when}; mend the function")
+    if not _same(whole, again.value, again.grad_logprob):
+        raise UserError(f"{where}: its value is another at every call; draw nothing at random and keep no state")
+    if not (whole.grad_logprob.any() or agreeing.grad_logprob.any()):
         raise UserError(f"{where}: nothing is learned from it; compute it from `logprobs` or `ratio`, undetached")
     cut = sum(TRIAL_LENGTHS[:3]) if objective.relates_tokens else 5
     parts = []
@@ -67,15 +90,18 @@ def tried(objective: Objective) -> Objective:
         assert part.cu_seqlens is not None
         alone = replace(part, cu_seqlens=part.cu_seqlens.unique())
         parts.append(_terms(alone, log_p[slice(*span)], entropy[slice(*span)], objective))
-    for name in ("value", "grad_logprob"):
-        apart = torch.cat([getattr(part, name) for part in parts])
-        if not torch.allclose(getattr(whole, name), apart, rtol=1e-4, atol=1e-6):
-            relate = "take means and sums with `sequences`" if objective.relates_tokens else "ask for `sequences`"
-            raise UserError(
-                f"{where}: a token's value depends on which others are computed beside it, so micro-batches would "
-                f"change the gradient; {relate} to relate the tokens of a completion, and relate no others"
-            )
+    if not _same(whole, torch.cat([part.value for part in parts]), torch.cat([part.grad_logprob for part in parts])):
+        relate = "take means and sums with `sequences`" if objective.relates_tokens else "ask for `sequences`"
+        raise UserError(
+            f"{where}: a token's value depends on which others are computed beside it, so micro-batches would "
+            f"change the gradient; {relate} to relate the tokens of a completion, and relate no others"
+        )
     return objective
+
+
+def _same(terms: CustomTerms, value: torch.Tensor, grad_logprob: torch.Tensor) -> bool:
+    pairs = ((terms.value, value), (terms.grad_logprob, grad_logprob))
+    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in pairs)
 
 
 def _terms(batch: LossInputs, log_p: torch.Tensor, entropy: torch.Tensor, objective: Objective) -> CustomTerms:

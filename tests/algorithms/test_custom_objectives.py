@@ -11,6 +11,8 @@ from builders import make_groups
 from fastgrpo.algorithms.advantages import comparison
 from fastgrpo.algorithms.objective import needs_reference, objective_of
 from fastgrpo.config import AlgorithmConfig, UserError
+from fastgrpo.kernels.custom_terms import custom_terms
+from fastgrpo.kernels.objective import LossInputs
 from fastgrpo.types import Prompt
 
 HERE = Path(__file__).parent
@@ -39,6 +41,10 @@ def test_a_surrogate_tells_what_it_needs_and_reports():
         ("mixes_sequences", "depends on which others.*take means and sums with `sequences`"),
         ("detached", "nothing is learned from it; compute it from `logprobs` or `ratio`, undetached"),
         ("infinite", "is not finite for common logprobs"),
+        ("infinite_on_policy", "is not finite for a policy that equals the old one"),
+        ("random", "its value is another at every call; draw nothing at random and keep no state"),
+        ("alternates", "reports `(odd|even)` where it has reported `(odd|even)`; report the same at every call"),
+        ("oddly_named", "reports '50%'; name it with letters, digits, spaces"),
         ("one_number", r"its value is \(\); return \(16,\), one a token"),
         ("pair_of_tensors", "returned a pair whose second is no dictionary"),
         ("raises", r"raised RuntimeError: no luck \(example_objectives.py line \d+\); mend the function"),
@@ -50,6 +56,19 @@ def test_a_surrogate_tells_what_it_needs_and_reports():
 def test_a_surrogate_that_breaks_its_contract_is_refused(name, message):
     with pytest.raises(UserError, match=f"^algorithm.surrogate={EXAMPLES}:{name}.*{message}"):
         objective_with(name)
+
+
+def test_a_mask_may_leave_nothing_but_what_agrees():
+    assert objective_with("only_where_agreed").relates_tokens
+
+
+def test_a_surrogate_may_write_into_what_it_is_given():
+    """On-policy, where old_logprobs are the policy's own and the ratio is 1."""
+    objective, lp = objective_with("writes"), torch.tensor([-1.0, -2.0])
+    batch = LossInputs(targets=torch.zeros(2).long(), advantages=torch.tensor([1.0, 3.0]), token_weights=torch.ones(2))
+    terms = custom_terms(lp, None, batch, objective, batch.token_weights)
+    assert (terms.value.tolist(), terms.grad_logprob.tolist()) == ([2.0, 12.0], [-2.0, -6.0])
+    assert (terms.ratio.tolist(), batch.advantages.tolist()) == ([1.0, 1.0], [1.0, 3.0])
 
 
 def test_an_argument_that_no_parameter_takes_is_refused():
@@ -75,6 +94,7 @@ def test_advantages_of_ones_own():
     [
         ("too_few", r"on prompt train/0 returned \(1,\) for 4 completions; return one number a completion, or"),
         ("nothing", "on prompt train/0 returned a NoneType; return one number a completion"),
+        ("without_care_for_equal_ones", "on prompt train/0 returned an advantage that is not finite"),
         ("not_finite", "on prompt train/0 returned an advantage that is not finite"),
     ],
 )
