@@ -146,14 +146,14 @@ def longest_sequence(config: Config, prompts: PromptSets) -> int:
 def check_reference(config: Config, objective: Objective, tokenizer: Any, vocab_size: int, longest: int) -> None:
     """Raise UserError where another model is no reference, or reads other tokens than the policy's vocab_size, or fewer
     than `longest` at a time."""
-    path = config.algorithm.reference.path
-    if path is None:
-        return
-    where = f"{hf.REFERENCE_KEY}={path}"
-    if not objective.needs_reference:
+    path, schedule = config.algorithm.reference.path, config.algorithm.reference.schedule
+    where = f"{hf.REFERENCE_KEY}={path}" if path is not None else f"algorithm.reference.schedule={schedule}"
+    if not objective.needs_reference and (path is not None or schedule != "fixed"):
         raise UserError(
             f"{where}: nothing asks for a reference; set algorithm.kl_coef, or have the surrogate ask for it"
         )
+    if path is None:
+        return
     # A tokenizer's class may add tokens that the model does not have.
     ours = {token: number for token, number in tokenizer.get_vocab().items() if number < vocab_size}
     if (Path(path).expanduser() / "tokenizer.json").is_file():

@@ -109,6 +109,16 @@ def test_a_surrogate_is_not_given_renormalised_probabilities(workplace, tiny_qwe
         pass
 
 
+@pytest.mark.parametrize("setting", ["path=nowhere", "schedule=ema"])
+def test_a_reference_that_no_surrogate_asks_for_is_refused(setting, workplace, tiny_qwen2):
+    overrides = [f"algorithm.surrogate={OBJECTIVES}:writes", "algorithm.kl_coef=0", f"algorithm.reference.{setting}"]
+    with (
+        pytest.raises(UserError, match=f"^algorithm.reference.{setting}: nothing asks for a reference"),
+        assembled(*small_run(tiny_qwen2, *overrides)),
+    ):
+        pass
+
+
 def test_only_the_most_undecided_tokens_learn_the_advantage(workplace, tiny_qwen2):
     """A quarter of each update's, over all of its micro-batches; the old logprobs are of the same pass."""
     more = ["algorithm.top_entropy_quantile=0.25", "learner.max_tokens_per_microbatch=40", "train.num_minibatches=2"]
