@@ -42,6 +42,11 @@ class Ranks:
         """Whether this rank writes the logs, the report and the checkpoint's manifest."""
         return self.rank == 0
 
+    @property
+    def share(self) -> slice:
+        """This data rank's part of what is dealt by index."""
+        return slice(self.data_rank, None, self.num_data_ranks)
+
     def deal(self, items: Sequence[T], cost: Callable[[T], float]) -> list[list[T]]:
         """Every data rank's items, so that each gets about the same cost; in their order."""
         loads = [0.0] * self.num_data_ranks

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 from fastgrpo import stats
@@ -14,6 +13,7 @@ from fastgrpo.config import UserError
 from fastgrpo.nodes import JobError
 from fastgrpo.ranks import Ranks
 from fastgrpo.run import Run
+from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.seeding import derive_seed
 from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup, SamplingParams, ScoredGroup
 from fastgrpo.unfinished import Unfinished
@@ -98,11 +98,10 @@ def draw_until(run: Run, unfinished: Unfinished, wanted: int, fresh: list[Prompt
     how = replace(how, params=replace(how.params, max_new_tokens=limit))
     number = 0
     while fresh or unfinished.num_complete < wanted:
-        going_on = replace(how, num_samples=1, seed=derive_seed(how.seed, "round", number))
-        unfinished.extend(draw(run, unfinished.continuations(), going_on))
+        go_on(run, unfinished, replace(how, seed=derive_seed(how.seed, "round", number)))
         beginning = replace(how, seed=derive_seed(how.seed, "begin"))
         unfinished.add(named(draw(run, fresh, beginning), how.label))
-        unfinished.reply(replies_to(run, unfinished.turns()))
+        unfinished.reply(replies_to(run, unfinished))
         fresh, number = [], number + 1
     return unfinished.take(wanted)
 
@@ -127,33 +126,46 @@ def begin(run: Run) -> None:
 
 def draw(run: Run, prompts: list[Prompt], how: Drawing) -> list[RolloutGroup]:
     """The prompts' groups, in their order, on every rank: what the sampler makes of them in one go."""
-    ranks = run.sampling_ranks
-    with run.ledger("generate"):  # waiting for the slowest rank is part of generating
-        mine: list[RolloutGroup] = []
-        if run.sampler is not None:
-            mine = run.sampler.generate(
-                prompts[ranks.data_rank :: ranks.num_data_ranks], how.num_samples, how.params, how.seed
-            )
-        # Every rank has the prompts; a round's hold all that has been said before, and their data's other columns.
-        parts = ranks.gather([{**vars(group), "prompt": None} for group in mine])
-    drawn = zip(prompts, dealt_back(parts, len(prompts)), strict=True)
+
+    def mine(sampler: Sampler) -> list[dict[str, Any]]:
+        groups = sampler.generate(prompts[run.sampling_ranks.share], how.num_samples, how.params, how.seed)
+        # Every rank has the prompts, and their data's other columns.
+        return [{**vars(group), "prompt": None} for group in groups]
+
+    drawn = zip(prompts, drawn_by_all(run, mine), strict=True)
     return [RolloutGroup(**{**fields, "prompt": prompt}) for prompt, fields in drawn]
 
 
-def dealt_back(parts: list[list[T]], count: int) -> list[T]:
+def go_on(run: Run, unfinished: Unfinished, how: Drawing) -> None:
+    """Draw more of every unfinished completion. A rank makes the prompts of its share alone, each of which holds all
+    that has been said before, and tells the others what is new."""
+    share = run.sampling_ranks.share
+
+    def mine(sampler: Sampler) -> list[Rollout]:
+        return unfinished.news(sampler.generate(unfinished.continuations(share), 1, how.params, how.seed), share)
+
+    unfinished.extend(drawn_by_all(run, mine))
+
+
+def drawn_by_all(run: Run, mine: Callable[[Sampler], list[T]]) -> list[T]:
+    """What every data rank's sampler draws for its share, in the order of all, on every rank."""
+    with run.ledger("generate"):  # waiting for the slowest rank is part of generating
+        return dealt_back(run.sampling_ranks.gather([] if run.sampler is None else mine(run.sampler)))
+
+
+def dealt_back(parts: list[list[T]]) -> list[T]:
     """In order again, what was dealt to the data ranks by index."""
-    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-def replies_to(run: Run, turns: list[tuple[Prompt, Rollout]]) -> list[Reply]:
-    """What the environment says to each, on every rank."""
-    if run.task.environment is None:
+def replies_to(run: Run, unfinished: Unfinished) -> list[Reply]:
+    """What the environment says to each of the turns that have ended, on every rank."""
+    environment, ranks = run.task.environment, run.sampling_ranks
+    if environment is None:
         return []
-    ranks = run.sampling_ranks
     with run.ledger("environment"):
-        mine = turns[ranks.data_rank :: ranks.num_data_ranks] if ranks.leads else []
-        parts = gathered(ranks, partial(run.task.environment.replies, mine))
-    return dealt_back(parts, len(turns))
+        parts = gathered(ranks, lambda: environment.replies(unfinished.turns(ranks.share)) if ranks.leads else [])
+    return dealt_back(parts)
 
 
 def score(run: Run, groups: list[RolloutGroup]) -> tuple[list[ScoredGroup], Counter[str]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,106 +14,112 @@ from torch import Tensor
 from fastgrpo.config import UserError
 from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup
 
+EVERYTHING = slice(None)
+
 
 class Unfinished:
     """Groups in flight, oldest first. A group is complete when each of its completions is at its end or its limit.
 
     max_new_tokens: the limit, the environment's tokens included. max_turns: how often the policy may speak.
+    Where several ranks share the work, each asks for its `share` alone of what is long to make.
 
     Example, with a limit of 1024 tokens and rounds of 256:
         unfinished.add(sampler.generate(prompts, 8, params, seed))                          # up to 256 tokens each
-        unfinished.extend(sampler.generate(unfinished.continuations(), 1, params, seed))    # up to 256 more
+        more = sampler.generate(unfinished.continuations(), 1, params, seed)                # up to 256 more
+        unfinished.extend(unfinished.news(more))
         unfinished.reply(environment.replies(unfinished.turns()))                           # what is said to them
         groups = unfinished.take(32)
     """
 
     def __init__(self, max_new_tokens: int, max_turns: int = 1) -> None:
         self.max_new_tokens, self.max_turns = max_new_tokens, max_turns
-        self._groups: list[RolloutGroup] = []
+        self._groups: list[_Group] = []
 
     def __len__(self) -> int:
         return len(self._groups)
 
     @property
     def num_complete(self) -> int:
-        return sum(self._is_complete(group) for group in self._groups)
+        return sum(group.is_complete for group in self._groups)
 
     def add(self, groups: Iterable[RolloutGroup]) -> None:
         """Take in groups that have just begun."""
-        self._groups += [
-            replace(group, rollouts=tuple(_with_versions(rollout) for rollout in group.rollouts)) for group in groups
+        for group in groups:
+            completions = [_Completion() for _ in group.rollouts]
+            for completion, rollout in zip(completions, group.rollouts, strict=True):
+                self._append(completion, rollout)
+            self._groups.append(
+                _Group(prompt=group.prompt, completions=completions, prompt_routed_experts=group.prompt_routed_experts)
+            )
+
+    def continuations(self, share: slice = EVERYTHING) -> list[Prompt]:
+        """Every unfinished completion as a prompt of its own: the question and all that has been said so far."""
+        return [
+            replace(
+                group.prompt,
+                prompt_id=f"{name}/{group.prompt.prompt_id}",
+                token_ids=torch.cat([group.prompt.token_ids, *(part.token_ids for part in completion.parts)]),
+                max_new_tokens=self.max_new_tokens - completion.num_tokens,
+            )
+            for name, group, completion in self._waiting("draw")[share]
         ]
 
-    def continuations(self) -> list[Prompt]:
-        """Every unfinished completion as a prompt of its own: the question and all that has been said so far."""
-        prompts = []
-        for number, group in enumerate(self._groups):
-            for sample, rollout in enumerate(group.rollouts):
-                if self._goes_on(rollout):
-                    token_ids = torch.cat([group.prompt.token_ids, rollout.token_ids])
-                    name = f"{number}/{sample}/{group.prompt.prompt_id}"
-                    left = self.max_new_tokens - len(rollout.token_ids)
-                    prompts.append(replace(group.prompt, prompt_id=name, token_ids=token_ids, max_new_tokens=left))
-        return prompts
+    def news(self, more: list[RolloutGroup], share: slice = EVERYTHING) -> list[Rollout]:
+        """What one sample of each of `continuations(share)` adds to it."""
+        going_on = self._waiting("draw")[share]
+        return [_news(completion, group) for (_, _, completion), group in zip(going_on, more, strict=True)]
 
-    def extend(self, more: list[RolloutGroup]) -> None:
-        """Take in one sample of each of `continuations()`, in their order."""
-        parts = iter(more)
-        self._change(self._goes_on, lambda rollout: _joined(rollout, next(parts)))
-        assert next(parts, None) is None
+    def extend(self, news: list[Rollout]) -> None:
+        """Take in the `news` of all `continuations()`, in their order."""
+        for (_, _, completion), part in zip(self._waiting("draw"), news, strict=True):
+            self._append(completion, part)
 
-    def turns(self) -> list[tuple[Prompt, Rollout]]:
+    def turns(self, share: slice = EVERYTHING) -> list[tuple[Prompt, Rollout]]:
         """The completions whose last turn has ended and that the environment has yet to answer."""
-        return [(g.prompt, rollout) for g in self._groups for rollout in g.rollouts if self._awaits_reply(rollout)]
+        return [(group.prompt, completion.whole()) for _, group, completion in self._waiting("reply")[share]]
 
     def reply(self, replies: list[Reply]) -> None:
         """Take in an answer to each of `turns()`, in their order."""
-        given = iter(replies)
-        self._change(self._awaits_reply, lambda rollout: self._answered(rollout, next(given)))
-        assert next(given, None) is None
+        for (_, _, completion), reply in zip(self._waiting("reply"), replies, strict=True):
+            if reply.messages:
+                room = self.max_new_tokens - completion.num_tokens
+                self._append(completion, _heard_by(completion.parts[-1], reply, room))
+            else:
+                last = completion.parts[-1]
+                completion.parts[-1] = replace(last, replies=(*last.replies, reply))
+                completion.waits_for = None
 
     def take(self, wanted: int) -> list[RolloutGroup]:
         """Remove and return the `wanted` oldest complete groups."""
-        complete = [group for group in self._groups if self._is_complete(group)][:wanted]
+        complete = [group for group in self._groups if group.is_complete][:wanted]
         taken = {id(group) for group in complete}
         self._groups = [group for group in self._groups if id(group) not in taken]
-        return complete
+        for group in self._groups:
+            group.whole()  # a part keeps the message it came in, with the parts of groups that are taken
+        return [group.whole() for group in complete]
 
-    def _change(self, which: Callable[[Rollout], bool], change: Callable[[Rollout], Rollout]) -> None:
-        self._groups = [
-            replace(group, rollouts=tuple(change(r) if which(r) else r for r in group.rollouts))
-            for group in self._groups
+    def _waiting(self, what: Literal["draw", "reply"]) -> list[tuple[str, _Group, _Completion]]:
+        """The completions that do, by the names of their continuations."""
+        return [
+            (f"{number}/{sample}", group, completion)
+            for number, group in enumerate(self._groups)
+            for sample, completion in enumerate(group.completions)
+            if completion.waits_for == what
         ]
 
-    def _goes_on(self, rollout: Rollout) -> bool:
-        return rollout.finish_reason == "length" and len(rollout.token_ids) < self.max_new_tokens
+    def _append(self, completion: _Completion, part: Rollout) -> None:
+        completion.parts.append(part)
+        completion.num_tokens += len(part.token_ids)
+        completion.waits_for = self._next_of(completion)
 
-    def _awaits_reply(self, rollout: Rollout) -> bool:
-        size = len(rollout.token_ids)
-        told_to_end = bool(rollout.replies) and rollout.replies[-1].end == size
-        ended = rollout.finish_reason == "stop" and not told_to_end
-        return ended and rollout.num_turns < self.max_turns and size < self.max_new_tokens
-
-    def _is_complete(self, group: RolloutGroup) -> bool:
-        return not any(self._goes_on(rollout) or self._awaits_reply(rollout) for rollout in group.rollouts)
-
-    def _answered(self, rollout: Rollout, reply: Reply) -> Rollout:
-        """The rollout with the reply's tokens, as many as there is room for."""
-        replies = (*rollout.replies, reply)
-        if not reply.messages:
-            return replace(rollout, replies=replies)
-        token_ids = torch.cat([rollout.token_ids, reply.token_ids])[: self.max_new_tokens]
-        added = len(token_ids) - len(rollout.token_ids)
-        version = torch.full((added,), rollout.policy_version)
-        return replace(
-            rollout,
-            token_ids=token_ids,
-            loss_mask=torch.cat([rollout.loss_mask, torch.zeros(added, dtype=torch.bool)]),
-            sampler_logprobs=torch.cat([rollout.sampler_logprobs, torch.zeros(added)]),
-            token_versions=torch.cat([_versions(rollout), version]),
-            finish_reason="length",
-            replies=replies,
-        )
+    def _next_of(self, completion: _Completion) -> Literal["draw", "reply"] | None:
+        if completion.num_tokens >= self.max_new_tokens:
+            return None
+        if completion.parts[-1].finish_reason == "length":
+            return "draw"
+        replies = [reply for part in completion.parts for reply in part.replies]
+        told_to_end = bool(replies) and replies[-1].end == completion.num_tokens
+        return "reply" if not told_to_end and 1 + len(replies) < self.max_turns else None
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Everything in flight, as JSON holds it."""
@@ -125,14 +131,14 @@ class Unfinished:
                     {
                         "token_ids": _encoded(rollout.token_ids),
                         "sampler_logprobs": _encoded(rollout.sampler_logprobs),
-                        "token_versions": _encoded(_versions(rollout)),
+                        "token_versions": _encoded(rollout.token_versions),
                         "finish_reason": rollout.finish_reason,
                         "policy_version": rollout.policy_version,
                         "routed_experts": _encoded(rollout.routed_experts),
                         "replies": [_told(reply) for reply in rollout.replies],
                         "conversation_id": rollout.conversation_id,
                     }
-                    for rollout in group.rollouts
+                    for rollout in group.whole().rollouts
                 ],
             }
             for group in self._groups
@@ -147,14 +153,15 @@ class Unfinished:
                     f"resume: the checkpoint is in the middle of prompt {group['prompt_id']}, which the data no longer "
                     "has; restore the data or start anew with resume=no"
                 )
-        self._groups = [
+        self._groups = []
+        self.add(
             RolloutGroup(
                 prompt=by_id[group["prompt_id"]],
                 rollouts=tuple(_loaded(group["prompt_id"], rollout) for rollout in group["rollouts"]),
                 prompt_routed_experts=_decoded_experts(group["prompt_routed_experts"]),
             )
             for group in state
-        ]
+        )
 
     def check_routed_experts(self, wanted: bool) -> None:
         """Raise UserError where completions that have begun came without their experts, or with them unasked."""
@@ -166,37 +173,85 @@ class Unfinished:
             )
 
 
-def _versions(rollout: Rollout) -> torch.Tensor:
-    assert rollout.token_versions is not None
-    return rollout.token_versions
+@dataclass(kw_only=True)
+class _Completion:
+    """A completion in flight. Its draws and the replies to them are joined when somebody needs the whole: after every
+    round, what is long would be copied as often as it goes on."""
+
+    parts: list[Rollout] = field(default_factory=list)
+    num_tokens: int = 0
+    waits_for: Literal["draw", "reply"] | None = None
+
+    def whole(self) -> Rollout:
+        """With `token_versions`."""
+        if len(self.parts) > 1 or self.parts[0].token_versions is None:
+            self.parts = [_joined(self.parts)]
+        return self.parts[0]
 
 
-def _with_versions(rollout: Rollout) -> Rollout:
-    return replace(rollout, token_versions=torch.full_like(rollout.token_ids, rollout.policy_version))
+@dataclass(kw_only=True)
+class _Group:
+    """A RolloutGroup in flight."""
+
+    prompt: Prompt
+    completions: list[_Completion]
+    prompt_routed_experts: Tensor | None
+
+    @property
+    def is_complete(self) -> bool:
+        return all(completion.waits_for is None for completion in self.completions)
+
+    def whole(self) -> RolloutGroup:
+        rollouts = tuple(completion.whole() for completion in self.completions)
+        return RolloutGroup(prompt=self.prompt, rollouts=rollouts, prompt_routed_experts=self.prompt_routed_experts)
 
 
-def _joined(begun: Rollout, group: RolloutGroup) -> Rollout:
-    """One rollout of what was begun and of the only sample of its continuation."""
-    more = _with_versions(group.rollouts[0])
+def _joined(parts: list[Rollout]) -> Rollout:
+    experts = [part.routed_experts for part in parts if part.routed_experts is not None]
     return replace(
-        begun,
-        token_ids=torch.cat([begun.token_ids, more.token_ids]),
-        loss_mask=torch.cat([begun.loss_mask, more.loss_mask]),
-        sampler_logprobs=torch.cat([begun.sampler_logprobs, more.sampler_logprobs]),
-        token_versions=torch.cat([_versions(begun), _versions(more)]),
-        finish_reason=more.finish_reason,
-        policy_version=more.policy_version,
-        routed_experts=_joined_experts(begun, group),
+        parts[0],
+        token_ids=torch.cat([part.token_ids for part in parts]),
+        loss_mask=torch.cat([part.loss_mask for part in parts]),
+        sampler_logprobs=torch.cat([part.sampler_logprobs for part in parts]),
+        token_versions=torch.cat([_versions(part) for part in parts]),
+        finish_reason=parts[-1].finish_reason,
+        policy_version=parts[-1].policy_version,
+        routed_experts=torch.cat(experts) if experts else None,
+        replies=tuple(reply for part in parts for reply in part.replies),
     )
 
 
-def _joined_experts(begun: Rollout, group: RolloutGroup) -> Tensor | None:
-    """A token keeps the experts of when the one after it was drawn. The last one that was begun, and a reply to it, had
+def _versions(part: Rollout) -> Tensor:
+    if part.token_versions is not None:
+        return part.token_versions
+    return torch.full_like(part.token_ids, part.policy_version)
+
+
+def _news(completion: _Completion, group: RolloutGroup) -> Rollout:
+    """The only sample of the completion's continuation, as its next part.
+
+    A token keeps the experts of when the one after it was drawn. The last one that was begun, and a reply to it, had
     none yet: the continuation has computed them, as the end of its prompt."""
-    first, last, rest = begun.routed_experts, group.prompt_routed_experts, group.rollouts[0].routed_experts
-    if first is None or last is None or rest is None:
-        return None
-    return torch.cat([first, last[len(first) - len(begun.token_ids) :], rest])
+    (rollout,) = group.rollouts
+    last, rest = group.prompt_routed_experts, rollout.routed_experts
+    if last is None or rest is None:
+        return rollout
+    known = sum(len(part.routed_experts) for part in completion.parts if part.routed_experts is not None)
+    return replace(rollout, routed_experts=torch.cat([last[known - completion.num_tokens :], rest]))
+
+
+def _heard_by(rollout: Rollout, reply: Reply, room: int) -> Rollout:
+    """The reply as the part that follows the rollout's, with as many of its tokens as there is room for."""
+    token_ids = reply.token_ids[:room]
+    return Rollout(
+        prompt_id=rollout.prompt_id,
+        token_ids=token_ids,
+        loss_mask=torch.zeros(len(token_ids), dtype=torch.bool),
+        sampler_logprobs=torch.zeros(len(token_ids)),
+        finish_reason="length",
+        policy_version=rollout.policy_version,
+        replies=(reply,),
+    )
 
 
 def _encoded(tensor: Tensor | None) -> list[Any] | None:
