@@ -26,6 +26,7 @@ from fastgrpo.ranks import Ranks
 from fastgrpo.rollout import Drawing, collect, draw_whole, replies_to, score
 from fastgrpo.samplers import make_sampler
 from fastgrpo.trainer import compute_advantages
+from fastgrpo.unfinished import Unfinished
 
 ENVIRONMENTS = Path(__file__).with_name("example_environments.py")
 # A random policy's bytes end a turn now and then.
@@ -174,9 +175,9 @@ def test_what_one_ranks_function_does_wrong_ends_all_ranks_with_its_line():
         task = SimpleNamespace(environment=asked, rewards=asked, decode=None)
         run = SimpleNamespace(task=task, sampling_ranks=ranks, ledger=nullcontext)
         lines = []
-        for exchange in (replies_to, score):
+        for exchange, of in ((replies_to, Unfinished(1)), (score, [])):
             with pytest.raises(UserError) as raised:
-                exchange(run, [])
+                exchange(run, of)
             lines.append(str(raised.value))
         return lines
 

@@ -1,8 +1,12 @@
 """Completions that take several steps: their bookkeeping, and runs that oversample."""
 
 import json
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from builders import small_run
@@ -10,10 +14,11 @@ from runs import assembled, without_clock
 
 from fastgrpo.config import UserError
 from fastgrpo.metrics import read_jsonl
-from fastgrpo.rollout import Drawing, collect, draw
+from fastgrpo.ranks import Ranks
+from fastgrpo.rollout import Drawing, collect, draw, draw_until
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import train
-from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup
+from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup, SamplingParams
 from fastgrpo.unfinished import Unfinished
 
 
@@ -56,7 +61,7 @@ def test_a_complete_group_is_taken_and_the_other_goes_on():
     assert [g.prompt.prompt_id for g in unfinished.take(2)] == ["fast"]
     (prompt,) = unfinished.continuations()
     assert prompt.token_ids.tolist() == [7, 8, 2, 3]
-    unfinished.extend([group(prompt.prompt_id, ([9, 1], "length"), version=5)])
+    unfinished.extend(unfinished.news([group(prompt.prompt_id, ([9, 1], "length"), version=5)]))
     assert unfinished.continuations() == []  # at its limit
     (done,) = unfinished.take(2)
     assert len(unfinished) == 0
@@ -74,7 +79,7 @@ def test_a_token_keeps_the_experts_of_when_the_one_after_it_was_drawn():
     unfinished.add([routed(group("slow", ([2, 3], "length")), prompt=[10, 11], completions=[[12]])])
     (prompt,) = unfinished.continuations()
     more = group(prompt.prompt_id, ([9, 1, 4], "stop"))
-    unfinished.extend([routed(more, prompt=[20, 21, 22, 23], completions=[[24, 25]])])
+    unfinished.extend(unfinished.news([routed(more, prompt=[20, 21, 22, 23], completions=[[24, 25]])]))
     resumed.load_state_dict(json.loads(json.dumps(unfinished.state_dict())), [replace(prompt, prompt_id="slow")])
     for each in (unfinished, resumed):
         (done,) = each.take(1)
@@ -115,7 +120,8 @@ def test_a_reply_is_read_but_not_learned_from():
     first, second = unfinished.continuations()
     assert (first.token_ids.tolist(), first.max_new_tokens) == ([7, 8, 1, 2, 50, 51], 4)
     assert (second.token_ids.tolist(), second.max_new_tokens) == ([7, 8, 3, 4], 6)
-    unfinished.extend([group("a", ([5, 6], "stop"), version=3), group("b", ([9], "stop"), version=3)])
+    unfinished.extend(unfinished.news([group("a", ([5, 6], "stop"), version=3), group("b", ([9], "stop"), version=3)]))
+    assert [r.token_ids.tolist() for _, r in unfinished.turns(slice(1, None, 2))] == [[3, 4, 9]]
     assert [r.token_ids.tolist() for _, r in unfinished.turns()] == [[1, 2, 50, 51, 5, 6], [3, 4, 9]]
     unfinished.reply([reply(6), reply(3)])  # the environment ends both
     (done,) = unfinished.take(1)
@@ -132,7 +138,7 @@ def test_the_last_turn_and_the_limit_are_not_answered():
     unfinished = Unfinished(max_new_tokens=4, max_turns=2)
     unfinished.add([group("q", ([1], "stop"), ([2, 3, 4, 5], "stop"), ([6, 7], "length"))])
     unfinished.reply([reply(1, 50)])
-    unfinished.extend([group("a", ([8], "stop")), group("b", ([9, 9], "stop"))])
+    unfinished.extend(unfinished.news([group("a", ([8], "stop")), group("b", ([9, 9], "stop"))]))
     assert unfinished.turns() == []
     (done,) = unfinished.take(1)
     assert [r.num_turns for r in done.rollouts] == [2, 1, 1]
@@ -155,7 +161,7 @@ def test_conversations_survive_json():
     other.load_state_dict(json.loads(json.dumps(unfinished.state_dict())), [group("q").prompt])
     assert other.state_dict() == unfinished.state_dict()
     for each in (unfinished, other):
-        each.extend([group("a", ([5], "stop")), group("b", ([9], "stop"))])
+        each.extend(each.news([group("a", ([5], "stop")), group("b", ([9], "stop"))]))
         assert len(each.turns()) == 2
         _, said = each.turns()[0]
         assert said.replies[0].messages == ({"role": "user", "content": "é"},)
@@ -169,11 +175,55 @@ def test_a_replys_tokens_have_the_experts_of_the_turn_that_read_them():
     unfinished.reply([reply(2, 50, 51)])
     (prompt,) = unfinished.continuations()
     more = group(prompt.prompt_id, ([9, 1], "stop"))
-    unfinished.extend([routed(more, prompt=[20, 21, 22, 23, 24, 25], completions=[[26]])])
+    unfinished.extend(unfinished.news([routed(more, prompt=[20, 21, 22, 23, 24, 25], completions=[[26]])]))
     (done,) = unfinished.take(1)
     (said,) = done.rollouts
     assert said.token_ids.tolist() == [2, 3, 50, 51, 9, 1]
     assert said.routed_experts.flatten().tolist() == [12, 23, 24, 25, 26]
+
+
+def test_a_rank_copies_every_token_once_and_else_only_prompts_of_its_share(monkeypatch):
+    class Rank(Ranks):
+        def gather(self, part):
+            return [part] * self.num_data_ranks  # each other rank's share looks alike
+
+    def generate(prompts, num_samples, params, seed):
+        shown.extend(prompt.token_ids.tolist() for prompt in prompts)
+        return [group(prompt.prompt_id, ([len(prompt.token_ids)], "length")) for prompt in prompts]
+
+    def counting_cat(parts):
+        copied.append(sum(map(len, parts)))
+        return cat(parts)
+
+    shown, copied, cat, rounds = [], [], torch.cat, 40
+    monkeypatch.setattr(torch, "cat", counting_cat)
+    run = SimpleNamespace(
+        config=SimpleNamespace(sampler=SimpleNamespace(round_tokens=1)),
+        sampler=SimpleNamespace(generate=generate),
+        sampling_ranks=Rank(num_ranks=4, data_rank=1, num_data_ranks=4),
+        ledger=lambda name: nullcontext(),
+        task=SimpleNamespace(environment=None),
+    )
+    how = Drawing(num_samples=1, params=SamplingParams(max_new_tokens=rounds), seed=0, label="test")
+    asked = [group(name).prompt for name in "abcd"]
+    groups = draw_until(run, Unfinished(rounds), 4, asked, how)
+    completion = list(range(2, 2 + rounds))
+    assert [(g.prompt.prompt_id, g.rollouts[0].token_ids.tolist()) for g in groups] == [(n, completion) for n in "abcd"]
+    assert shown == [[7, 8, *completion[:said]] for said in range(rounds)]  # of "b" alone
+    num_tensors = 4  # token_ids, loss_mask, sampler_logprobs, token_versions
+    assert sum(copied) == sum(map(len, shown[1:])) + 4 * num_tensors * rounds
+
+
+def test_what_goes_on_keeps_no_message_that_it_came_in():
+    """A message holds what a rank drew of all completions in a round."""
+    unfinished, message = begun(), np.array([9, 1])
+    drawn = rollout("slow", [9], "length", 0)
+    unfinished.extend([replace(drawn, token_ids=torch.from_numpy(message)[:1])])
+    message = weakref.ref(message)
+    assert message() is not None
+    assert [g.prompt.prompt_id for g in unfinished.take(2)] == ["fast"]
+    assert message() is None
+    assert [p.token_ids.tolist() for p in unfinished.continuations()] == [[7, 8, 2, 3, 9]]
 
 
 def test_the_oldest_complete_groups_come_first():
