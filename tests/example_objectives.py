@@ -51,6 +51,15 @@ def infinite_on_policy(logprobs, old_logprobs):
     return (logprobs - old_logprobs).abs().sqrt()
 
 
+def infinite_where_certain(logprobs, advantages):
+    """Unlikelihood, arXiv 1908.04319."""
+    return torch.where(advantages > 0, -logprobs, torch.log1p(-logprobs.exp()))
+
+
+def infinite_where_all_are_equal(ratio, advantages):
+    return -ratio * advantages / advantages.abs()
+
+
 def random(ratio):
     return ratio * (torch.rand_like(ratio) < 0.5)
 

@@ -76,7 +76,10 @@ def tried(objective: Objective) -> Objective:
         raise
     except ValueError as error:  # of a shape
         raise UserError(str(error).replace("the surrogate ", f"{KEY}=")) from None
-    for terms, when in ((whole, "common logprobs"), (agreeing, "a policy that equals the old one")):
+    for terms, when in (
+        (whole, "common logprobs and advantages, 0 among both"),
+        (agreeing, "a policy that equals the old one"),
+    ):
         if not all(bool(x.isfinite().all()) for x in (terms.value, terms.grad_logprob)):
             raise UserError(f"{where}: a value or its gradient is not finite for {when}; mend the function")
     if not _same(whole, again.value, again.grad_logprob):
@@ -109,7 +112,8 @@ def _terms(batch: LossInputs, log_p: torch.Tensor, entropy: torch.Tensor, object
 
 
 def _trial_batch() -> tuple[LossInputs, torch.Tensor, torch.Tensor]:
-    """A few completions, the policy a little off the old one; the batch, logprobs and entropies."""
+    """A few completions, the policy a little off the old one; the batch, logprobs and entropies. As in any run, a token
+    is certain and a completion has advantage 0."""
     rng = torch.Generator().manual_seed(0)
     cu = torch.tensor([0, *TRIAL_LENGTHS]).cumsum(0)
     num_tokens = int(cu[-1])
@@ -117,16 +121,18 @@ def _trial_batch() -> tuple[LossInputs, torch.Tensor, torch.Tensor]:
     def normal(scale: float) -> torch.Tensor:
         return scale * torch.randn(num_tokens, generator=rng)
 
-    log_p = -0.1 - normal(1.0).abs()
+    log_p, entropy = -0.1 - normal(1.0).abs(), normal(1.0).abs()
+    log_p[0] = entropy[0] = 0.0
     others: dict[str, Any] = {
         name: (log_p + normal(0.2)).clamp(max=-1e-3) for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs")
     }
-    advantages = torch.randn(len(TRIAL_LENGTHS), generator=rng).repeat_interleave(torch.tensor(TRIAL_LENGTHS))
+    advantages = torch.randn(len(TRIAL_LENGTHS), generator=rng)
+    advantages[-2] = 0.0
     batch = LossInputs(
         targets=torch.zeros(num_tokens, dtype=torch.int64),
-        advantages=advantages,
+        advantages=advantages.repeat_interleave(torch.tensor(TRIAL_LENGTHS)),
         token_weights=torch.full((num_tokens,), 1.0 / num_tokens),
         cu_seqlens=cu,
         **others,
     )
-    return batch, log_p, normal(1.0).abs()
+    return batch, log_p, entropy
