@@ -81,11 +81,10 @@ class Unfinished:
     def reply(self, replies: list[Reply]) -> None:
         """Take in an answer to each of `turns()`, in their order."""
         for (_, _, completion), reply in zip(self._waiting("reply"), replies, strict=True):
+            last, room = completion.parts[-1], self.max_new_tokens - completion.num_tokens
             if reply.messages:
-                room = self.max_new_tokens - completion.num_tokens
-                self._append(completion, _heard_by(completion.parts[-1], reply, room))
+                self._append(completion, _heard_after(last, reply, room))
             else:
-                last = completion.parts[-1]
                 completion.parts[-1] = replace(last, replies=(*last.replies, reply))
                 completion.waits_for = None
 
@@ -240,16 +239,16 @@ def _news(completion: _Completion, group: RolloutGroup) -> Rollout:
     return replace(rollout, routed_experts=torch.cat([last[known - completion.num_tokens :], rest]))
 
 
-def _heard_by(rollout: Rollout, reply: Reply, room: int) -> Rollout:
-    """The reply as the part that follows the rollout's, with as many of its tokens as there is room for."""
+def _heard_after(last: Rollout, reply: Reply, room: int) -> Rollout:
+    """The reply as the part that follows, with as many of its tokens as there is room for."""
     token_ids = reply.token_ids[:room]
     return Rollout(
-        prompt_id=rollout.prompt_id,
+        prompt_id=last.prompt_id,
         token_ids=token_ids,
         loss_mask=torch.zeros(len(token_ids), dtype=torch.bool),
         sampler_logprobs=torch.zeros(len(token_ids)),
         finish_reason="length",
-        policy_version=rollout.policy_version,
+        policy_version=last.policy_version,
         replies=(reply,),
     )
 
