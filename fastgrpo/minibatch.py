@@ -92,7 +92,8 @@ def add_logprobs(run: Run, minibatch: Minibatch) -> Minibatch:
 def top_threshold(ranks: Ranks, entropies: list[Tensor], share: float) -> float:
     """The entropy that a share of all data ranks' tokens reach; of each entry (N,), with N as the batch has."""
     every = torch.cat([part for part in ranks.gather(torch.cat([torch.empty(0), *entropies])) if len(part)])
-    return every.kthvalue(len(every) - math.ceil(share * len(every)) + 1).values.item()
+    kept = math.ceil(share * len(every) - 1e-9)  # 0.1 * 30 is a little above 3
+    return every.kthvalue(len(every) - kept + 1).values.item()
 
 
 def keep_undecided(batch: PackedBatch, entropies: Tensor, threshold: float) -> PackedBatch:

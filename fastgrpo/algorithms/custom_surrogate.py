@@ -34,6 +34,12 @@ def load(config: AlgorithmConfig) -> CustomSurrogate:
         value, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         if not isinstance(metrics, dict):
             raise UserError(f"{function.where} returned a pair whose second is no dictionary of names and values")
+        for name, given in {"its value": value, **metrics}.items():
+            if not isinstance(given, torch.Tensor) or given.shape != inputs.logprobs.shape:
+                what = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+                raise UserError(
+                    f"{function.where}: {name} is {what}; return ({len(inputs.logprobs)},), one a token of these"
+                )
         return value, metrics
 
     return CustomSurrogate(name=config.surrogate, function=call, asks=function.asks.intersection(ON_DEMAND))
@@ -64,18 +70,13 @@ def tried(objective: Objective) -> Objective:
 
     batch, log_p, entropy = _trial_batch()
     on_policy = replace(batch, old_logprobs=None, ref_logprobs=log_p, sampler_logprobs=log_p)
-    try:
-        whole = _terms(batch, log_p, entropy, replace(objective, surrogate=replace(custom, function=noting)))
-        for name in names:
-            if not isinstance(name, str) or re.fullmatch(METRIC_NAME, name) is None:
-                raise UserError(f"{where} reports {name!r}; name it with letters, digits, spaces and any of _ . / -")
-        objective = replace(objective, surrogate=replace(custom, function=same_names, metrics=tuple(names)))
-        again = _terms(batch, log_p, entropy, objective)
-        agreeing = _terms(on_policy, log_p, entropy, objective)
-    except UserError:
-        raise
-    except ValueError as error:  # of a shape
-        raise UserError(str(error).replace("the surrogate ", f"{KEY}=")) from None
+    whole = _terms(batch, log_p, entropy, replace(objective, surrogate=replace(custom, function=noting)))
+    for name in names:
+        if not isinstance(name, str) or re.fullmatch(METRIC_NAME, name) is None:
+            raise UserError(f"{where} reports {name!r}; name it with letters, digits, spaces and any of _ . / -")
+    objective = replace(objective, surrogate=replace(custom, function=same_names, metrics=tuple(names)))
+    again = _terms(batch, log_p, entropy, objective)
+    agreeing = _terms(on_policy, log_p, entropy, objective)
     for terms, when in (
         (whole, "common logprobs and advantages, 0 among both"),
         (agreeing, "a policy that equals the old one"),

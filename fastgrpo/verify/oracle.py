@@ -6,6 +6,7 @@ the inputs' rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,25 +37,29 @@ def tolerances(dtype: torch.dtype, max_logit: float) -> dict[str, float]:
     return exact | {"dlogits": 3e-3, "dhidden": 5e-3, "dweight": 5e-3}
 
 
-def check_linear_policy_loss(case: Case, objective: Objective, **options: Any) -> dict[str, float]:
-    """Errors of linear_policy_loss(**options) against the oracle, by quantity."""
+def check_linear_policy_loss(
+    case: Case, objective: Objective, op: Callable[..., LossOutput] | None = None, **options: Any
+) -> dict[str, float]:
+    """Errors of linear_policy_loss(**options), or of another op like it, against the oracle, by quantity."""
     exact = oracle_inputs(case)
     want = reference.linear_policy_loss(exact.hidden, exact.weight, exact.batch, objective)
     want_grads = torch.autograd.grad(want.loss, (exact.hidden, exact.weight))
-    got = linear_policy_loss(case.hidden, case.weight, case.batch, objective, **options)
+    got = (op or linear_policy_loss)(case.hidden, case.weight, case.batch, objective, **options)
     got_grads = torch.autograd.grad(got.loss, (case.hidden, case.weight))
     errors = output_errors(got, want)
     return errors | {n: relative(g, w) for n, g, w in zip(("dhidden", "dweight"), got_grads, want_grads, strict=True)}
 
 
-def check_policy_loss(case: Case, objective: Objective, **options: Any) -> dict[str, float]:
-    """Errors of policy_loss(**options) against the oracle, by quantity."""
+def check_policy_loss(
+    case: Case, objective: Objective, op: Callable[..., LossOutput] | None = None, **options: Any
+) -> dict[str, float]:
+    """Errors of policy_loss(**options), or of another op like it, against the oracle, by quantity."""
     logits = logits_of(case)
     exact_logits = logits.detach().cpu().double().requires_grad_()
     exact = oracle_inputs(case)
     want = reference.policy_loss(exact_logits, exact.batch, objective)
     (want_grad,) = torch.autograd.grad(want.loss, exact_logits)
-    got = policy_loss(logits, case.batch, objective, **options)
+    got = (op or policy_loss)(logits, case.batch, objective, **options)
     (got_grad,) = torch.autograd.grad(got.loss, logits)
     return output_errors(got, want) | {"dlogits": relative(got_grad, want_grad)}
 
