@@ -13,6 +13,17 @@ CHECK = "check"
 """The conversation_id of what functions are tried with before a run starts."""
 
 
+def name_of(drawing: str, group: int, sample: int) -> str:
+    """The conversation_id of a completion: its drawing's label, its group's number there and its own place in it."""
+    return f"{drawing}-{group}-{sample}"
+
+
+def parts_of(conversation_id: str) -> tuple[str, int, int]:
+    """What `name_of` made the conversation_id of."""
+    drawing, group, sample = conversation_id.rsplit("-", 2)
+    return drawing, int(group), int(sample)
+
+
 def conversation(rollout: Rollout, decode: Callable[[Tensor], str]) -> list[Message]:
     """Everything said after the prompt, {role, content} each; without an environment one message of the assistant's.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastgrpo import stats
 from fastgrpo.algorithms.advantages import is_constant
 from fastgrpo.config import UserError
+from fastgrpo.conversation import name_of, parts_of
 from fastgrpo.nodes import JobError
 from fastgrpo.ranks import Ranks
 from fastgrpo.run import Run
-from fastgrpo.sampler.protocol import Sampler
+from fastgrpo.sampler.protocol import OnEnd, Sampler
 from fastgrpo.seeding import derive_seed
 from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup, SamplingParams, ScoredGroup
 from fastgrpo.unfinished import Unfinished
@@ -83,7 +86,7 @@ def draw_whole(run: Run, prompts: list[Prompt], how: Drawing) -> list[RolloutGro
     """The prompts' groups, in their order, every conversation with the environment at its end."""
     begin(run)
     if run.task.environment is None:
-        return named(draw(run, prompts, how), how.label)
+        return draw(run, prompts, how, partial(begin_to_score, run, how))
     unfinished = Unfinished(how.params.max_new_tokens, run.config.environment.max_turns)
     return draw_until(run, unfinished, len(prompts), prompts, how)
 
@@ -99,22 +102,12 @@ def draw_until(run: Run, unfinished: Unfinished, wanted: int, fresh: list[Prompt
     number = 0
     while fresh or unfinished.num_complete < wanted:
         go_on(run, unfinished, replace(how, seed=derive_seed(how.seed, "round", number)))
-        beginning = replace(how, seed=derive_seed(how.seed, "begin"))
-        unfinished.add(named(draw(run, fresh, beginning), how.label))
+        unfinished.add(draw(run, fresh, replace(how, seed=derive_seed(how.seed, "begin"))))
         unfinished.reply(replies_to(run, unfinished))
+        for prompt, rollout in unfinished.ended():
+            begin_to_score(run, how, prompt, rollout)
         fresh, number = [], number + 1
     return unfinished.take(wanted)
-
-
-def named(groups: list[RolloutGroup], label: str) -> list[RolloutGroup]:
-    """The groups that have just begun, their conversations named label-group-sample."""
-    return [
-        replace(
-            group,
-            rollouts=tuple(replace(r, conversation_id=f"{label}-{number}-{i}") for i, r in enumerate(group.rollouts)),
-        )
-        for number, group in enumerate(groups)
-    ]
 
 
 def begin(run: Run) -> None:
@@ -124,13 +117,23 @@ def begin(run: Run) -> None:
         run.sampler.forget()
 
 
-def draw(run: Run, prompts: list[Prompt], how: Drawing) -> list[RolloutGroup]:
-    """The prompts' groups, in their order, on every rank: what the sampler makes of them in one go."""
+def draw(
+    run: Run, prompts: list[Prompt], how: Drawing, on_end: Callable[[Prompt, Rollout], object] | None = None
+) -> list[RolloutGroup]:
+    """The prompts' groups, in their order, on every rank: what the sampler makes of them in one go. on_end is called
+    with each completion of this rank's share as it ends."""
+    numbers = range(len(prompts))[run.sampling_ranks.share]
+
+    def named(i: int, sample: int, rollout: Rollout) -> Rollout:
+        return replace(rollout, conversation_id=name_of(how.label, numbers[i], sample))
 
     def mine(sampler: Sampler) -> list[dict[str, Any]]:
-        groups = sampler.generate(prompts[run.sampling_ranks.share], how.num_samples, how.params, how.seed)
+        share = [prompts[number] for number in numbers]
+        tell: OnEnd | None = on_end and (lambda i, sample, rollout: on_end(share[i], named(i, sample, rollout)))
+        groups = sampler.generate(share, how.num_samples, how.params, how.seed, tell)
+        rollouts = [tuple(named(i, s, r) for s, r in enumerate(group.rollouts)) for i, group in enumerate(groups)]
         # Every rank has the prompts, and their data's other columns.
-        return [{**vars(group), "prompt": None} for group in groups]
+        return [{**vars(g), "prompt": None, "rollouts": r} for g, r in zip(groups, rollouts, strict=True)]
 
     drawn = zip(prompts, drawn_by_all(run, mine), strict=True)
     return [RolloutGroup(**{**fields, "prompt": prompt}) for prompt, fields in drawn]
@@ -168,10 +171,23 @@ def replies_to(run: Run, unfinished: Unfinished) -> list[Reply]:
     return dealt_back(parts)
 
 
+def begin_to_score(run: Run, how: Drawing, prompt: Prompt, rollout: Rollout) -> None:
+    """Have the reward functions look at a completion of this rank's groups while others are still drawn."""
+    if run.sampling_ranks.leads and scores_here(run, rollout):
+        with suppress(Exception):  # comes again in `score`, where all ranks hear of it
+            run.task.rewards.begin(prompt, rollout, how.num_samples, run.task.decode)
+
+
+def scores_here(run: Run, rollout: Rollout) -> bool:
+    """Whether this data rank scores the completion's group: the one that drew its beginning does."""
+    assert rollout.conversation_id is not None
+    return parts_of(rollout.conversation_id)[1] % run.sampling_ranks.num_data_ranks == run.sampling_ranks.data_rank
+
+
 def score(run: Run, groups: list[RolloutGroup]) -> tuple[list[ScoredGroup], Counter[str]]:
     """The groups with their rewards, and the reward functions' failures, on every rank; groups may be dropped."""
     ranks = run.sampling_ranks
-    mine = range(ranks.data_rank, len(groups), ranks.num_data_ranks)
+    mine = [i for i, group in enumerate(groups) if scores_here(run, group.rollouts[0])]
 
     def find() -> tuple[list[tuple[int, dict[str, Any]]], Counter[str]]:
         if not ranks.leads:

@@ -88,6 +88,13 @@ class Unfinished:
                 completion.parts[-1] = replace(last, replies=(*last.replies, reply))
                 completion.waits_for = None
 
+    def ended(self) -> list[tuple[Prompt, Rollout]]:
+        """The completions that have come to their end since this was asked last."""
+        ended = [(g.prompt, c) for g in self._groups for c in g.completions if c.waits_for is None and not c.was_told]
+        for _, completion in ended:
+            completion.was_told = True
+        return [(prompt, completion.whole()) for prompt, completion in ended]
+
     def take(self, wanted: int) -> list[RolloutGroup]:
         """Remove and return the `wanted` oldest complete groups."""
         complete = [group for group in self._groups if group.is_complete][:wanted]
@@ -180,6 +187,8 @@ class _Completion:
     parts: list[Rollout] = field(default_factory=list)
     num_tokens: int = 0
     waits_for: Literal["draw", "reply"] | None = None
+    was_told: bool = False
+    """Whether `ended` has told of its end."""
 
     def whole(self) -> Rollout:
         """With `token_versions`."""

@@ -27,6 +27,7 @@ from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import Minibatch, add_logprobs, make_minibatch
 from fastgrpo.models import hf
 from fastgrpo.ranks import Ranks
+from fastgrpo.rollout import collect
 from fastgrpo.samplers import make_sampler
 from fastgrpo.signals import StopRequest
 from fastgrpo.trainer import compute_advantages, train
@@ -153,8 +154,8 @@ def test_the_sampler_draws_from_the_newest_weights(workplace, tiny_qwen2):
     with assembled(*small_run(tiny_qwen2, "train.learning_rate=0.01")) as run:
         versions, generate = [], run.sampler.generate
 
-        def noting(prompts, num_samples, params, seed):
-            groups = generate(prompts, num_samples, params, seed)
+        def noting(*args):
+            groups = generate(*args)
             versions.append({rollout.policy_version for group in groups for rollout in group.rollouts})
             return groups
 
@@ -163,6 +164,37 @@ def test_the_sampler_draws_from_the_newest_weights(workplace, tiny_qwen2):
     assert versions == [{0}, {0}, {1}, {2}]  # evaluation, two steps, evaluation
     for row in read_jsonl("run/metrics.jsonl")[1:]:
         assert row["sampler_mismatch/max_abs"] < 1e-4
+
+
+@pytest.mark.parametrize("more", [(), ("sampler.oversample=0.5", "sampler.round_tokens=2")], ids=["whole", "rounds"])
+def test_completions_are_scored_while_others_are_drawn(workplace, tiny_qwen2, more):
+    """All are begun before the last draw ends, or the round after the one that they ended in; and none twice."""
+    with assembled(*small_run(tiny_qwen2, *more)) as run:
+        events, submitted = [], []
+        generate, begin, submit = run.sampler.generate, run.task.rewards.begin, run.task.rewards._executor.submit
+
+        def generating(*args):
+            groups = generate(*args)
+            events.append("drawn")
+            return groups
+
+        def beginning(prompt, rollout, *rest):
+            events.append(rollout.conversation_id)
+            begin(prompt, rollout, *rest)
+
+        def submitting(index, calls):
+            submitted.append(calls)
+            return submit(index, calls)
+
+        run.sampler.generate, run.task.rewards.begin = generating, beginning
+        run.task.rewards._executor.submit = submitting
+        for run.step in (1, 2):
+            groups, _ = collect(run)
+            assert [g.rewards.shape for g in groups] == [(4,)] * 4
+    begun = [event for event in events if event != "drawn"]
+    assert len(set(begun)) == len(begun) == len(submitted) >= 2 * 16
+    before = events.index("drawn") if not more else len(events) - 1 - events[::-1].index("drawn")
+    assert sum(event != "drawn" for event in events[:before]) >= 16
 
 
 def test_two_passes_over_two_minibatches_take_four_updates_on_old_logprobs(workplace, tiny_qwen2):

@@ -187,7 +187,7 @@ def test_a_rank_copies_every_token_once_and_else_only_prompts_of_its_share(monke
         def gather(self, part):
             return [part] * self.num_data_ranks  # each other rank's share looks alike
 
-    def generate(prompts, num_samples, params, seed):
+    def generate(prompts, num_samples, params, seed, on_end=None):
         shown.extend(prompt.token_ids.tolist() for prompt in prompts)
         return [group(prompt.prompt_id, ([len(prompt.token_ids)], "length")) for prompt in prompts]
 
@@ -202,7 +202,7 @@ def test_a_rank_copies_every_token_once_and_else_only_prompts_of_its_share(monke
         sampler=SimpleNamespace(generate=generate),
         sampling_ranks=Rank(num_ranks=4, data_rank=1, num_data_ranks=4),
         ledger=lambda name: nullcontext(),
-        task=SimpleNamespace(environment=None),
+        task=SimpleNamespace(environment=None, rewards=None),
     )
     how = Drawing(num_samples=1, params=SamplingParams(max_new_tokens=rounds), seed=0, label="test")
     asked = [group(name).prompt for name in "abcd"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastgrpo.functions.binding import arguments_of
@@ -32,6 +33,13 @@ class Sample:
     turn_ends: list[list[int]]
     """Where in token_ids the policy's turns end."""
     finish_reasons: list[str]
+
+
+def joined(samples: Sequence[Sample]) -> Sample:
+    """Parts of a group as one."""
+    first, *rest = samples
+    lists = [name for name, value in vars(first).items() if isinstance(value, list) and name != "answer"]
+    return replace(first, **{name: sum((getattr(part, name) for part in rest), getattr(first, name)) for name in lists})
 
 
 def bind(function: RewardFunction, sample: Sample) -> list[dict[str, Any]]:

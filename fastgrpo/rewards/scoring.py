@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo.config import RewardConfig, UserError
-from fastgrpo.conversation import CHECK, conversation, last_turn
+from fastgrpo.conversation import CHECK, conversation, last_turn, parts_of
 from fastgrpo.functions.contract import Failure, Unusable
 from fastgrpo.functions.loading import name_of
 from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor, Ticket
-from fastgrpo.rewards.binding import Sample, bind
+from fastgrpo.rewards.binding import Sample, bind, joined
 from fastgrpo.rewards.contract import RewardFunction, StepRewards
 from fastgrpo.rewards.loading import describe_reward, load_reward
-from fastgrpo.types import Prompt, RolloutGroup, ScoredGroup
+from fastgrpo.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
 Scores = list[float | StepRewards]
 """One function's values for a group, one per completion."""
@@ -39,6 +39,20 @@ class ScoreResult:
     each one's mean reward/<name>, unweighted, over the groups that are kept."""
 
 
+@dataclass
+class _Calls:
+    """What has been started for a group."""
+
+    samples: dict[int, Sample] = field(default_factory=dict)
+    """Its completions by their place."""
+    tickets: dict[tuple[int, int], Ticket] = field(default_factory=dict)
+    """By the function's number and the completion's place; 0 for what takes all of them."""
+
+    def tickets_of(self, index: int) -> list[Ticket]:
+        """A function's, in the order of the completions."""
+        return [self.tickets[key] for key in sorted(self.tickets) if key[0] == index]
+
+
 class Rewards:
     """The configured reward functions, ready to be called. A context manager: leaving it ends the workers.
 
@@ -57,6 +71,8 @@ class Rewards:
         self._config = config
         self._functions = _load(config, function)
         by_path = [function is None, *(True for _ in config.extra)]
+        self._begun: dict[tuple[str, int], _Calls] = {}
+        """By the group's drawing and number."""
         self._executor: Executor
         if config.num_workers == 0:
             self._executor = ThreadExecutor(self._functions, timeout_s=config.timeout_s)
@@ -80,15 +96,25 @@ class Rewards:
         """Ends the worker processes, also those in the middle of a call."""
         self._executor.close()
 
+    def begin(self, prompt: Prompt, rollout: Rollout, group_size: int, decode: Callable[[Tensor], str]) -> None:
+        """Starts on one of a group's completions while others are still drawn; `score` collects what comes of it.
+
+        A plain function of one completion is called at once, another when group_size siblings have begun. What begins
+        again takes the place of what began before. Raises UserError where a function cannot be called.
+        """
+        assert rollout.conversation_id is not None
+        drawing, number, place = parts_of(rollout.conversation_id)
+        calls = self._begun.setdefault((drawing, number), _Calls())
+        self._call(calls, place, _sample(prompt, rollout, decode), group_size)
+
     def score(self, groups: list[RolloutGroup], decode: Callable[[Tensor], str]) -> ScoreResult:
-        """Calls the functions on all groups at once and sums their values by weight.
+        """Calls the functions on all groups at once, but for what has begun, and sums their values by weight.
 
         `decode` turns token ids into the text that the functions see.
         Raises UserError where a function returns what is no reward, and under reward.on_error=fail where it raises
         or exceeds reward.timeout_s.
         """
-        samples = [_sample(group, decode) for group in groups]
-        kept, metrics = self._score_samples(samples)
+        kept, metrics = self._collect_all([self._calls_of(group, decode) for group in groups])
         scored = [_scored_group(groups[i], scores, self._functions) for i, scores in kept.items()]
         if len(self._functions) > 1 and scored:
             for name in scored[0].reward_terms:
@@ -100,32 +126,54 @@ class Rewards:
 
         Raises UserError as `score` does.
         """
-        self._score_samples(
-            [
-                Sample(
-                    prompt_id=prompt.prompt_id,
-                    prompt=prompt.text,
-                    answer=prompt.answer,
-                    metadata=prompt.metadata,
-                    completions=["0"] * group_size,
-                    conversations=[[{"role": "assistant", "content": "0"}]] * group_size,
-                    conversation_ids=[CHECK] * group_size,
-                    token_ids=[[0]] * group_size,
-                    turn_ends=[[0]] * group_size,
-                    finish_reasons=["stop"] * group_size,
-                )
-            ]
+        sample = Sample(
+            prompt_id=prompt.prompt_id,
+            prompt=prompt.text,
+            answer=prompt.answer,
+            metadata=prompt.metadata,
+            completions=["0"],
+            conversations=[[{"role": "assistant", "content": "0"}]],
+            conversation_ids=[CHECK],
+            token_ids=[[0]],
+            turn_ends=[[0]],
+            finish_reasons=["stop"],
         )
+        calls = _Calls()
+        for place in range(group_size):
+            self._call(calls, place, sample, group_size)
+        self._collect_all([calls])
 
-    def _score_samples(self, samples: list[Sample]) -> tuple[dict[int, list[Scores]], dict[str, float]]:
-        """For each kept sample every function's scores, and the counts."""
-        tickets = [[self._submit(index, sample) for index in range(len(self._functions))] for sample in samples]
+    def _calls_of(self, group: RolloutGroup, decode: Callable[[Tensor], str]) -> _Calls:
+        """Those that have begun, and the rest begun now."""
+        name, size = group.rollouts[0].conversation_id, len(group.rollouts)
+        begun = None if name is None else self._begun.pop(parts_of(name)[:2], None)
+        calls = begun or _Calls()
+        for place, rollout in enumerate(group.rollouts):
+            if place not in calls.samples:
+                self._call(calls, place, _sample(group.prompt, rollout, decode), size)
+        return calls
+
+    def _call(self, calls: _Calls, place: int, sample: Sample, group_size: int) -> None:
+        """Makes the calls that one more completion makes possible: those of functions that take one alone, and with
+        the last completion the others. Async functions are of these: a worker runs one batch of calls at a time."""
+        samples = calls.samples | {place: sample}
+        for index, function in enumerate(self._functions):
+            if not (function.per_group or function.is_async):
+                calls.tickets[index, place] = self._executor.submit(index, bind(function, sample))
+            elif len(samples) == group_size:
+                group = joined([samples[i] for i in range(group_size)])
+                calls.tickets[index, 0] = self._executor.submit(index, bind(function, group))
+        calls.samples = samples  # only now: where a call could not be made, all of them are made again
+
+    def _collect_all(self, all_calls: list[_Calls]) -> tuple[dict[int, list[Scores]], dict[str, float]]:
+        """For each kept group every function's scores, and the counts."""
         counts = {"reward/error_count": 0.0, "reward/timeout_count": 0.0, "reward/dropped_groups": 0.0}
         kept: dict[int, list[Scores]] = {}
-        for i, sample in enumerate(samples):
+        for i, calls in enumerate(all_calls):
+            sample = joined([calls.samples[place] for place in sorted(calls.samples)])
             collected = [
-                self._collect(function, sample, ticket, counts)
-                for function, ticket in zip(self._functions, tickets[i], strict=True)
+                self._collect(function, sample, calls.tickets_of(index), counts)
+                for index, function in enumerate(self._functions)
             ]
             whole = [scores for scores in collected if scores is not None]
             if len(whole) == len(collected):
@@ -133,13 +181,6 @@ class Rewards:
             else:
                 counts["reward/dropped_groups"] += 1
         return kept, counts
-
-    def _submit(self, index: int, sample: Sample) -> list[Ticket]:
-        """One batch of calls where one call can hold up or end the others, else one each."""
-        function = self._functions[index]
-        calls = bind(function, sample)
-        batches = [calls] if function.is_async else [[call] for call in calls]
-        return [self._executor.submit(index, batch) for batch in batches]
 
     def _collect(
         self, function: RewardFunction, sample: Sample, tickets: list[Ticket], counts: dict[str, float]
@@ -205,19 +246,20 @@ def _load(config: RewardConfig, function: Callable[..., Any] | None) -> list[Rew
     return functions
 
 
-def _sample(group: RolloutGroup, decode: Callable[[Tensor], str]) -> Sample:
-    conversations = [conversation(rollout, decode) for rollout in group.rollouts]
+def _sample(prompt: Prompt, rollout: Rollout, decode: Callable[[Tensor], str]) -> Sample:
+    """A group's part that is one completion."""
+    messages = conversation(rollout, decode)
     return Sample(
-        prompt_id=group.prompt.prompt_id,
-        prompt=group.prompt.text,
-        answer=group.prompt.answer,
-        metadata=group.prompt.metadata,
-        completions=[last_turn(messages) for messages in conversations],
-        conversations=conversations,
-        conversation_ids=[rollout.conversation_id for rollout in group.rollouts],
-        token_ids=[rollout.token_ids.tolist() for rollout in group.rollouts],
-        turn_ends=[rollout.turn_ends for rollout in group.rollouts],
-        finish_reasons=[rollout.finish_reason for rollout in group.rollouts],
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.text,
+        answer=prompt.answer,
+        metadata=prompt.metadata,
+        completions=[last_turn(messages)],
+        conversations=[messages],
+        conversation_ids=[rollout.conversation_id],
+        token_ids=[rollout.token_ids.tolist()],
+        turn_ends=[rollout.turn_ends],
+        finish_reasons=[rollout.finish_reason],
     )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
-from fastgrpo.types import LogprobContract, Prompt, RolloutGroup, SamplingParams, WeightSlice
+from fastgrpo.types import LogprobContract, Prompt, Rollout, RolloutGroup, SamplingParams, WeightSlice
+
+OnEnd = Callable[[int, int, Rollout], object]
+"""(the prompt's place among those given, the sample's among its siblings, the completion)."""
 
 
 class Sampler(Protocol):
@@ -20,9 +24,17 @@ class Sampler(Protocol):
         ...
 
     def generate(
-        self, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
+        self,
+        prompts: list[Prompt],
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        on_end: OnEnd | None = None,
     ) -> list[RolloutGroup]:
         """num_samples completions of every prompt, in the order of the prompts.
+
+        on_end: called with each completion as it ends, while others are still drawn, in no order and without
+        routed_experts; once more for one that had to be drawn anew.
 
         The samples are a function of the weights, the prompt, `seed` and the sample's index: the order and the other
         members of the batch do not enter (beyond the rounding of a differently shaped product). With

@@ -6,8 +6,10 @@ Letters: B prompts, G samples each, R rows (completions in flight), V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from fastgrpo.models.hf import CausalLM
 from fastgrpo.sampler.draw import contract_of, draw, max_new_tokens
 from fastgrpo.sampler.expert_record import ExpertRecord, recording
 from fastgrpo.sampler.group_cache import GroupCache
+from fastgrpo.sampler.protocol import OnEnd
 from fastgrpo.seeding import derive_seed
 from fastgrpo.types import LogprobContract, Prompt, Rollout, RolloutGroup, SamplingParams, WeightSlice
 
@@ -66,18 +69,23 @@ class TorchSampler:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
+        self,
+        prompts: list[Prompt],
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        on_end: OnEnd | None = None,
     ) -> list[RolloutGroup]:
         """See Sampler.generate. At most max_sequences completions (at least one prompt's) are in flight at once."""
         was_training = self.model.training
         self.model.eval()
         at_once = max(1, self.max_sequences // num_samples)
+        groups: list[RolloutGroup] = []
         with recording(self.model) if params.return_routed_experts else nullcontext() as record:
-            groups = [
-                group
-                for start in range(0, len(prompts), at_once)
-                for group in self._generate(prompts[start : start + at_once], num_samples, params, seed, record)
-            ]
+            for start in range(0, len(prompts), at_once):
+                chunk = prompts[start : start + at_once]
+                tell = None if on_end is None else partial(_tell, on_end, start, num_samples)
+                groups += self._generate(chunk, num_samples, params, seed, record, tell)
         self.model.train(was_training)
         return groups
 
@@ -88,6 +96,7 @@ class TorchSampler:
         params: SamplingParams,
         seed: int,
         record: ExpertRecord | None,
+        on_end: Callable[[int, Rollout], object] | None,
     ) -> Iterator[RolloutGroup]:
         device = self.model.device
         limits = torch.tensor([max_new_tokens(prompt, params) for prompt in prompts], device=device)
@@ -110,10 +119,16 @@ class TorchSampler:
             forbidden = stops if position < params.min_new_tokens and len(stops) else None
             drawn, drawn_logprobs = draw(logits, uniforms[rows, position], params, forbidden)
             tokens[rows, position], logprobs[rows, position] = drawn, drawn_logprobs
-            ends = torch.isin(drawn, stops) & ~stopped[rows] & (position < limits[rows])
+            in_flight = ~stopped[rows] & (position < limits[rows])
+            ends = torch.isin(drawn, stops) & in_flight
             lengths[rows[ends]] = position + 1
             stopped[rows] |= ends
             going = ~stopped[rows] & (position + 1 < limits[rows])
+            if on_end is not None:
+                for row in rows[in_flight & ~going].tolist():
+                    has_stopped, length = bool(stopped[row]), int(lengths[row])
+                    prompt_id = prompts[row // num_samples].prompt_id
+                    on_end(row, self._rollout(prompt_id, tokens[row, :length], logprobs[row, :length], has_stopped))
             num_going = int(going.sum())
             if num_going == 0:
                 break
@@ -125,26 +140,35 @@ class TorchSampler:
             if record is not None:
                 record.step(rows, position)
             logits = decoder.logits(hidden)
-        yield from self._rollouts(
+        yield from self._groups(
             prompts, num_samples, tokens.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist(), record
         )
 
-    def _rollouts(self, prompts, num_samples, tokens, logprobs, lengths, stopped, record) -> Iterator[RolloutGroup]:
+    def _groups(self, prompts, num_samples, tokens, logprobs, lengths, stopped, record) -> Iterator[RolloutGroup]:
         for i, prompt in enumerate(prompts):
-            rollouts = tuple(
-                Rollout(
-                    prompt_id=prompt.prompt_id,
-                    token_ids=tokens[row, : lengths[row]].clone(),
-                    loss_mask=torch.ones(lengths[row], dtype=torch.bool),
-                    sampler_logprobs=logprobs[row, : lengths[row]].clone(),
-                    finish_reason="stop" if stopped[row] else "length",
-                    policy_version=self.policy_version,
-                    routed_experts=None if record is None else record.completion(row, lengths[row]),
-                )
-                for row in range(i * num_samples, (i + 1) * num_samples)
-            )
+            rollouts = []
+            for row in range(i * num_samples, (i + 1) * num_samples):
+                size = lengths[row]
+                rollout = self._rollout(prompt.prompt_id, tokens[row, :size], logprobs[row, :size], stopped[row])
+                experts = None if record is None else record.completion(row, size)
+                rollouts.append(replace(rollout, routed_experts=experts))
             prompt_routed_experts = None if record is None else record.prompt(i)
-            yield RolloutGroup(prompt=prompt, rollouts=rollouts, prompt_routed_experts=prompt_routed_experts)
+            yield RolloutGroup(prompt=prompt, rollouts=tuple(rollouts), prompt_routed_experts=prompt_routed_experts)
+
+    def _rollout(self, prompt_id: str, token_ids: Tensor, logprobs: Tensor, has_stopped: bool) -> Rollout:
+        return Rollout(
+            prompt_id=prompt_id,
+            token_ids=token_ids.to("cpu", copy=True),
+            loss_mask=torch.ones(len(token_ids), dtype=torch.bool),
+            sampler_logprobs=logprobs.to("cpu", copy=True),
+            finish_reason="stop" if has_stopped else "length",
+            policy_version=self.policy_version,
+        )
+
+
+def _tell(on_end: OnEnd, start: int, num_samples: int, row: int, rollout: Rollout) -> None:
+    """Of row `row` of a chunk that begins with prompt `start`."""
+    on_end(start + row // num_samples, row % num_samples, rollout)
 
 
 def _uniforms(prompts: list[Prompt], num_samples: int, limit: int, seed: int) -> Tensor:

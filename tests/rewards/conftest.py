@@ -10,7 +10,7 @@ def make_prompt(prompt_id="train/17", answer="5", **metadata):
     return Prompt(prompt_id=prompt_id, token_ids=torch.tensor([50]), text="2+3=", answer=answer, metadata=metadata)
 
 
-def make_group(texts, prompt_id="train/17", answer="5", finish_reasons=None, **metadata):
+def make_group(texts, prompt_id="train/17", answer="5", finish_reasons=None, number=0, **metadata):
     rollouts = tuple(
         Rollout(
             prompt_id=prompt_id,
@@ -19,7 +19,7 @@ def make_group(texts, prompt_id="train/17", answer="5", finish_reasons=None, **m
             sampler_logprobs=torch.zeros(len(text)),
             finish_reason=finish_reasons[i] if finish_reasons else "stop",
             policy_version=0,
-            conversation_id=f"train-1-0-0-{i}",
+            conversation_id=f"train-1-0-{number}-{i}",
         )
         for i, text in enumerate(texts)
     )

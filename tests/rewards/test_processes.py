@@ -47,6 +47,47 @@ def test_workers_are_reused_and_gone_afterwards(group, decode, reward_file):
     assert wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
+NOTES = """
+from pathlib import Path
+def note(text):
+    with open(Path(__file__).with_name("calls"), "a") as file:
+        file.write(text)
+"""
+KINDS = {
+    "one": "def score(completion):\n    note(completion)\n    return ord(completion)",
+    "all": "def score(completions):\n    note(''.join(completions))\n    return [ord(text) for text in completions]",
+    "async": "async def score(completion):\n    note(completion)\n    return ord(completion)",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_has_begun_runs_at_once_and_is_collected(kind, group, decode, reward_file, tmp_path):
+    """A function of one completion runs before its siblings have ended, and none runs twice."""
+    (tmp_path / "calls").touch()
+    called = (tmp_path / "calls").read_text
+    first, second = group(list("abc")), group(list("de"), number=1)
+    with Rewards(RewardConfig(path=reward_file(NOTES + KINDS[kind]), num_workers=1)) as rewards:
+        for place in (2, 0):
+            rewards.begin(first.prompt, first.rollouts[place], 3, decode)
+        if kind == "one":
+            assert wait_until(lambda: called() == "ca")
+        rewards.begin(first.prompt, first.rollouts[1], 3, decode)
+        assert wait_until(lambda: called() == {"one": "cab"}.get(kind, "abc"))
+        rewards.begin(second.prompt, second.rollouts[1], 2, decode)
+        scored = rewards.score([second, first], decode).groups
+    assert [g.rewards.tolist() for g in scored] == [[100, 101], [97, 98, 99]]
+    assert called() == {"one": "cabed"}.get(kind, "abcde")
+
+
+def test_what_begins_again_takes_the_place_of_what_began(group, decode, reward_file):
+    drawn, again = group(list("abc")), group(list("xyz"))
+    for kind in KINDS:
+        with Rewards(RewardConfig(path=reward_file("def note(text): ...\n" + KINDS[kind]), num_workers=1)) as rewards:
+            for rollout in [*drawn.rollouts, *again.rollouts]:
+                rewards.begin(drawn.prompt, rollout, 3, decode)
+            assert rewards.score([again], decode).groups[0].rewards.tolist() == [120, 121, 122]
+
+
 def test_workers_start_without_heavy_imports(group, decode):
     def score(completion):
         import sys

@@ -96,6 +96,29 @@ def test_completions_end_with_their_stop_token_or_at_the_limit():
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
 
 
+def test_completions_are_told_of_as_they_end():
+    sampler, ended, drawn = TorchSampler(make_model(), max_sequences=8), [], []
+    params = SamplingParams(max_new_tokens=15, stop_token_ids=STOPS)
+    prompts = [*make_prompts([4] * 4), replace(make_prompts([5])[0], max_new_tokens=2)]
+
+    def tell(i, sample, rollout):
+        ended.append((i, sample))
+        drawn.append(rollout)
+
+    groups = sampler.generate(prompts, 4, params, 0, tell)
+    assert sorted(ended) == [(i, sample) for i in range(5) for sample in range(4)]
+    for (i, sample), rollout in zip(ended, drawn, strict=True):
+        expected = groups[i].rollouts[sample]
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs(rollout, expected))
+    for chunk in ([0, 1], [2, 3], [4]):
+        lengths = [len(rollout.token_ids) for (i, _), rollout in zip(ended, drawn, strict=True) if i in chunk]
+        assert lengths == sorted(lengths)
+
+
+def pairs(one, other):
+    return zip(vars(one).values(), vars(other).values(), strict=True)
+
+
 def test_a_stop_token_as_the_very_last_is_a_stop():
     model = make_model()
     params = SamplingParams(max_new_tokens=1, stop_token_ids=tuple(range(61)))

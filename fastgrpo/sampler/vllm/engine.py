@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +103,12 @@ class Engine:
             raise EngineError("the engine is closed")
         return self._llm
 
-    def run(self, requests: dict[str, tuple[list[int], SamplingParams]]) -> dict[str, RequestOutput]:
-        """Complete every request (id -> prompt and parameters).
+    def run(
+        self,
+        requests: dict[str, tuple[list[int], SamplingParams]],
+        on_end: Callable[[RequestOutput], object] = lambda output: None,
+    ) -> dict[str, RequestOutput]:
+        """Complete every request (id -> prompt and parameters); on_end is called with each as it ends.
 
         Raises EngineError where they do not end within the steps that they can need; whatever the engine raises comes
         through as it is. After either the engine must be closed.
@@ -121,6 +126,7 @@ class Engine:
                 for output in self.llm.step():
                     if isinstance(output, RequestOutput) and output.finished:
                         finished[output.request_id] = output
+                        on_end(output)
         if missing := requests.keys() - finished.keys():
             raise EngineError(f"{len(missing)} of {len(requests)} requests were dropped")
         return finished

@@ -19,6 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 from fastgrpo.models.experts import choice_dtype, layers_with_experts
 from fastgrpo.ranks import Ranks
 from fastgrpo.sampler.draw import contract_of, max_new_tokens
+from fastgrpo.sampler.protocol import OnEnd
 from fastgrpo.sampler.vllm.engine import Engine, EngineError, EngineSettings
 from fastgrpo.sampler.vllm.peers import end_together
 from fastgrpo.seeding import derive_seed
@@ -109,7 +110,12 @@ class VLLMSampler:
         return contract_of(params)
 
     def generate(
-        self, prompts: list[Prompt], num_samples: int, params: SamplingParams, seed: int
+        self,
+        prompts: list[Prompt],
+        num_samples: int,
+        params: SamplingParams,
+        seed: int,
+        on_end: OnEnd | None = None,
     ) -> list[RolloutGroup]:
         """See Sampler.generate. Raises EngineError where max_restarts engines in a row could not do it."""
         requests = [
@@ -123,12 +129,22 @@ class VLLMSampler:
             for i, prompt in enumerate(prompts)
             for sample in range(num_samples)
         ]
-        outputs = self._with_restarts(lambda: self._complete({r.name: r.for_vllm() for r in requests}))
+        rollouts: dict[str, Rollout] = {}
+
+        def ended(output: RequestOutput) -> None:
+            i, sample = map(int, output.request_id.split("/"))
+            rollouts[output.request_id] = rollout = self._rollout(prompts[i], output)
+            if on_end is not None:
+                on_end(i, sample, rollout)
+
+        outputs = self._with_restarts(lambda: self._complete({r.name: r.for_vllm() for r in requests}, ended))
         groups = []
         for i, prompt in enumerate(prompts):
-            of_prompt = [outputs[f"{i}/{s}"] for s in range(num_samples)]
-            group = RolloutGroup(prompt=prompt, rollouts=tuple(self._rollout(prompt, output) for output in of_prompt))
-            groups.append(self._with_experts(group, of_prompt) if params.return_routed_experts else group)
+            names = [f"{i}/{sample}" for sample in range(num_samples)]
+            group = RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[name] for name in names))
+            if params.return_routed_experts:
+                group = self._with_experts(group, [outputs[name] for name in names])
+            groups.append(group)
         return groups
 
     def forget(self) -> None:
@@ -158,11 +174,15 @@ class VLLMSampler:
         """Shut vLLM down. The learner's weights stay as they are."""
         self.engine.close()
 
-    def _complete(self, requests: dict[str, tuple[list[int], VLLMParams]]) -> dict[str, RequestOutput]:
+    def _complete(
+        self,
+        requests: dict[str, tuple[list[int], VLLMParams]],
+        on_end: Callable[[RequestOutput], object] = lambda output: None,
+    ) -> dict[str, RequestOutput]:
         if self._cached_version != self.policy_version:
             self.engine.reset_prefix_cache()
             self._cached_version = self.policy_version
-        return self.engine.run(requests)
+        return self.engine.run(requests, on_end)
 
     def _rollout(self, prompt: Prompt, output: RequestOutput) -> Rollout:
         (completion,) = output.outputs

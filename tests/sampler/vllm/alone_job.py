@@ -101,10 +101,10 @@ class Pair:
         """Move every weight by far more than the proof's tolerance shows."""
         self.learner.update(batch_of(self.generate(), 1), OBJECTIVE)
 
-    def generate(self, chosen=None, params=SAMPLING, seed: int = 5, num_samples: int = NUM_SAMPLES):
+    def generate(self, chosen=None, params=SAMPLING, seed: int = 5, num_samples: int = NUM_SAMPLES, on_end=None):
         chosen = prompts(6) if chosen is None else chosen
         self.sampler.forget()
-        return self.sampler.generate(chosen, num_samples, params, seed)
+        return self.sampler.generate(chosen, num_samples, params, seed, on_end)
 
     def proof(self) -> str:
         """What the exchange says of the present state, without moving anything."""
@@ -152,6 +152,9 @@ def sampling(pair: Pair) -> dict[str, Any]:
     oracle = AutoModelForCausalLM.from_pretrained(DIRECTORY / "qwen3-tied", dtype=torch.float32)
     chosen = prompts(6)
     result: dict[str, Any] = {"drawn": drawn(pair.generate(chosen)), "again": drawn(pair.generate(chosen))}
+    ended: list[tuple[str, int, list[int]]] = []
+    pair.generate(chosen, on_end=lambda i, s, r: ended.append((chosen[i].prompt_id, s, r.token_ids.tolist())))
+    result["ended"] = ended
     result["reversed"] = drawn(pair.generate(chosen[::-1]))
     result["alone"] = drawn(pair.generate(chosen[2:3]))
     result["other_seed"] = drawn(pair.generate(chosen, seed=6))
@@ -179,8 +182,8 @@ def continuing(pair: Pair) -> dict[str, Any]:
     oracle = AutoModelForCausalLM.from_pretrained(DIRECTORY / "qwen3-tied", dtype=torch.float32)
     run, cached = pair.sampler.engine.run, []
 
-    def counting(requests):
-        outputs = run(requests)
+    def counting(requests, on_end):
+        outputs = run(requests, on_end)
         cached.append(sum(output.num_cached_tokens for output in outputs.values()))
         return outputs
 

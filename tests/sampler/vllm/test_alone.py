@@ -48,6 +48,8 @@ def test_samples_depend_on_the_seed_and_the_prompt_alone(alone):
     assert found["alone"] == {"train/2": found["drawn"]["train/2"]}
     assert found["other_seed"] != found["drawn"]
     assert found["no_prompts"] == []
+    ended = [(name, i, ids) for name, completions in found["drawn"].items() for i, ids in enumerate(completions)]
+    assert sorted(map(list, found["ended"])) == sorted(map(list, ended))
 
 
 def test_prompts_wait_where_one_step_cannot_take_them_all(alone):
