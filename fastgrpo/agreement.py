@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from fastgrpo.config import Config
 from fastgrpo.data import PromptSets
+from fastgrpo.data_files import shown
 from fastgrpo.nodes import JobError, first_of_node, num_nodes, whoami
 from fastgrpo.ranks import Ranks
 from fastgrpo.types import Prompt
@@ -92,10 +93,10 @@ def check_model(key: str, directory: str, ranks: Ranks) -> None:
 
 def check_prompts(config: Config, prompts: PromptSets, ranks: Ranks) -> None:
     """Raise UserError, on all ranks, where a node has other prompts, in words or in tokens."""
-    _compare("data.path", config.data.path, lambda: _digest_of_prompts([*prompts.train, *prompts.eval]), ranks)
+    _compare("data.path", shown(config.data.path), lambda: _digest_of_prompts([*prompts.train, *prompts.eval]), ranks)
 
 
-def _compare(key: str, value: str | None, digest: Callable[[], str], ranks: Ranks) -> None:
+def _compare(key: str, value: str, digest: Callable[[], str], ranks: Ranks) -> None:
     if num_nodes() == 1:
         return
     mine = digest() if first_of_node() else None

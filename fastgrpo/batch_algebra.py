@@ -23,9 +23,10 @@ def batch_algebra(
     turns = f" in up to {config.environment.max_turns} turns" if has_environment else ""
     dropped = f", {prompts.num_dropped} too long and dropped" if prompts.num_dropped else ""
     duplicates = f", {prompts.num_duplicates} repeat a held-out one and are left out" if prompts.num_duplicates else ""
+    files = f" of {prompts.num_files} files" if prompts.num_files > 1 else ""
     lines = [
         ("model", model),
-        ("data", f"{len(prompts.train)} prompts to train on, {len(prompts.eval)} held out{dropped}{duplicates}"),
+        ("data", f"{len(prompts.train)} prompts{files} to train on, {len(prompts.eval)} held out{dropped}{duplicates}"),
         ("a step", f"{train.prompts_per_step} prompts x {group_size} completions = {sequences} sequences"),
         ("", f"of up to {longest} tokens{turns}, {updates}"),
         ("micro-batch", f"up to {config.learner.max_tokens_per_microbatch} packed tokens"),

@@ -91,11 +91,12 @@ class DataConfig:
     """The questions."""
 
     source: str = "jsonl"
-    """jsonl | parquet | hub | arithmetic."""
-    path: str | None = None
-    """A .jsonl or .parquet file, or a hub data set's name."""
-    eval_path: str | None = None
-    """Held-out questions; null splits data.eval_size of them off data.path."""
+    """jsonl | parquet | hub | arithmetic. A file whose suffix is .jsonl or .parquet is read as that."""
+    path: Any = None
+    """A .jsonl or .parquet file, a directory of them, a pattern ('train-*.parquet') or a list ([a.jsonl,b.parquet]),
+    read one after another. Or a hub data set's name."""
+    eval_path: Any = None
+    """Held-out questions, as data.path; null splits data.eval_size of them off data.path."""
     eval_size: int = 256
     """How many questions are held out: the same ones for every seed. They never occur in training."""
     hub_config: str | None = None

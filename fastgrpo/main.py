@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgrpo.config import Config, UserError
+from fastgrpo.data_files import kind_of
 from fastgrpo.nodes import JobError, first_of_node, whoami
 from fastgrpo.signals import noting_ctrl_c
 
@@ -309,9 +310,10 @@ def with_shorthands(arguments: list[str]) -> list[str]:
     path = value_of(arguments, "model.path")
     if path not in (None, "null") and value_of(arguments, "model") is None:
         added.append("model=hf")
-    suffix = Path(value_of(arguments, "data.path") or "").suffix
-    if suffix in (".jsonl", ".parquet") and value_of(arguments, "data") is None:
-        added.append(f"data={suffix[1:]}")
+    named = (value_of(arguments, "data.path") or "").split(",")  # roughly: only Hydra knows what is a list
+    kind = kind_of(name.strip(" []'\"") for name in named)
+    if kind is not None and value_of(arguments, "data") is None:
+        added.append(f"data={kind}")
     return [*added, *arguments]
 
 

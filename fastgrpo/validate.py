@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from fastgrpo.combinations import check_combinations, refuse
 from fastgrpo.config import Config
+from fastgrpo.data_files import find_files, names_in
 from fastgrpo.functions.inline import is_path
 from fastgrpo.help import all_keys
 from fastgrpo.trackers import check_trackers
@@ -184,8 +184,8 @@ def _places(config: Config) -> None:
         refuse("run.dir", config.run.dir, "name a directory")
     for key in ("data.path", "data.eval_path"):
         path = _get(config, key)
-        if path is not None and config.data.source in ("jsonl", "parquet") and not Path(path).expanduser().is_file():
-            refuse(key, path, "no such file; correct the path")
+        if path is not None:
+            (find_files if config.data.source in ("jsonl", "parquet") else names_in)(path, key)
     if config.data.source in ("jsonl", "parquet", "hub") and config.data.path is None:
         refuse("data.path", None, f"data.source={config.data.source} reads it; add data.path=... to the command")
 

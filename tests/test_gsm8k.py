@@ -54,14 +54,16 @@ def test_two_steps_on_parquet_with_the_test_set_held_out(workplace, model, monke
     from pyarrow import parquet
 
     table = pyarrow.Table.from_pylist(rows_of_gsm8k()[:40])
-    parquet.write_table(table, "train.parquet")
+    for number in range(2):
+        parquet.write_table(table.slice(20 * number, 20), f"train-{number}.parquet")
     parquet.write_table(table.slice(30), "eval.parquet")
-    files = ["data.path=train.parquet", "data.eval_path=eval.parquet"]
+    files = ["data.path=train-*.parquet", "data.eval_path=[eval.parquet]"]
     wrapped = "data.prompt_template='Question: {prompt}\nAnswer: '"
     rows = train(monkeypatch, f"model.path={model}", *files, "reward=gsm8k", wrapped)
     out = capsys.readouterr().out
-    assert "30 prompts to train on, 10 held out, 10 repeat a held-out one and are left out" in out
+    assert "30 prompts of 2 files to train on, 10 held out, 10 repeat a held-out one and are left out" in out
     assert rows[-1]["policy_version"] == 2
+    assert "\n  eval_path:\n  - eval.parquet\n" in Path("run/config.yaml").read_text()
     prompts = {sample["prompt"] for sample in read_jsonl("run/samples.jsonl") if sample["kind"] == "train"}
     assert all(prompt.startswith("Question: ") and prompt.endswith("\nAnswer: ") for prompt in prompts)
 

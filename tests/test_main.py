@@ -284,7 +284,7 @@ def test_wrong_data_is_refused_by_file_and_line(name, refusal, tiny_qwen2):
 
 def test_a_file_that_is_not_there_is_refused(refusal, tiny_qwen2):
     line = refusal("train", *small_run(tiny_qwen2, "data=jsonl", "data.path=nowhere.jsonl"))
-    assert line == "data.path=nowhere.jsonl: no such file; correct the path"
+    assert line == f"data.path=nowhere.jsonl does not exist (looked in {Path.cwd()}); correct the path"
 
 
 def test_a_choice_that_needs_a_value_asks_for_it(refusal, tiny_qwen2):
@@ -685,7 +685,16 @@ def test_other_families_train_too(call, tmp_path, kind):
 
 def test_a_path_selects_the_groups_that_go_with_it(call, tiny_qwen2):
     """The quickstart's learning rate must not meet a real model."""
-    _, out, _ = call("train", f"model.path={tiny_qwen2}", 'data.path="my q.jsonl"', "reward=gsm8k", "--cfg", "job")
+    Path("shards").mkdir()
+    Path("shards/0.parquet").touch()
+    for value, source in (
+        ('"my q.jsonl"', "jsonl"),
+        ("[shards/*,b.jsonl]", "parquet"),
+        ("['my q.jsonl', shards]", "jsonl"),
+        ("shards", "parquet"),
+        ("train-*", "jsonl"),
+    ):
+        _, out, _ = call("train", f"model.path={tiny_qwen2}", f"data.path={value}", "reward=gsm8k", "--cfg", "job")
+        assert f"\n  source: {source}\n" in out, value
     assert "\n  learning_rate: 1.0e-06\n" in out
-    assert "\n  source: jsonl\n" in out
     assert "\n  path: fastgrpo.rewards.verifiable:gsm8k\n" in out

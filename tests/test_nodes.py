@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fastgrpo import agreement, lookout, main, network, warm_start
-from fastgrpo.config import Config, RunConfig, TrainConfig, UserError
+from fastgrpo.config import Config, DataConfig, RunConfig, TrainConfig, UserError
 from fastgrpo.data import PromptSets
 from fastgrpo.lookout import failing_together
 from fastgrpo.nodes import JobError
@@ -385,9 +385,11 @@ def prompts(answer: str, token: int = 5) -> PromptSets:
 
 @pytest.mark.parametrize("other", [prompts("6"), prompts("5", token=6)])
 def test_other_prompts_are_refused(both, other):
-    config = Config()
+    config = Config(data=DataConfig(path=["a.jsonl", "b.jsonl"]))
     lines = both(*(partial(agreement.check_prompts, config, found) for found in (prompts("5"), other)))
-    line = "data.path=None: what rank 1 on w1 finds there is not what rank 0 finds; give all nodes the same"
+    line = (
+        "data.path=[a.jsonl,b.jsonl]: what rank 1 on w1 finds there is not what rank 0 finds; give all nodes the same"
+    )
     assert lines == [line] * 2
     assert both(*[partial(agreement.check_prompts, config, prompts("5"))] * 2) == [None, None]
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from fastgrpo.config import UserError
-from fastgrpo.data.rows import Row, existing_file, not_empty
+from fastgrpo.data.rows import Row, not_empty
 
 
-def read_jsonl(path: str, key: str) -> list[Row]:
-    """Reads a UTF-8 file. Raises UserError, with file and line, for a line that is not a JSON object."""
+def read_jsonl(path: Path, key: str, *, first: int) -> list[Row]:
+    """Reads a UTF-8 file, its rows numbered from `first` on.
+
+    Raises UserError, with file and line, for a line that is not a JSON object.
+    """
     rows: list[Row] = []
-    with existing_file(path, key).open("rb") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                rows.append(_parse(line, index=len(rows), place=f"{path} line {number}"))
+                rows.append(_parse(line, index=first + len(rows), place=f"{path} line {number}"))
     return not_empty(rows, path, key)
 
 

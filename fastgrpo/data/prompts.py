@@ -15,11 +15,11 @@ from torch import Tensor
 from fastgrpo.config import DataConfig, UserError
 from fastgrpo.data.arithmetic import generate_rows
 from fastgrpo.data.encode import encode
+from fastgrpo.data.files import read_files
 from fastgrpo.data.hub import read_hub
-from fastgrpo.data.jsonl import read_jsonl
-from fastgrpo.data.parquet import read_parquet
 from fastgrpo.data.render import Renderer
 from fastgrpo.data.rows import Row
+from fastgrpo.data_files import names_in, shown
 from fastgrpo.types import Prompt
 
 SOURCES = ("jsonl", "parquet", "hub", "arithmetic")
@@ -36,6 +36,8 @@ class PromptSets:
     """Prompts of either set left out for their length (data.long_prompts=drop)."""
     num_duplicates: int
     """Rows kept out of `train` because they repeat a held-out prompt."""
+    num_files: int = 1
+    """What data.path names."""
 
     @property
     def max_tokens(self) -> int:
@@ -60,8 +62,8 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, seed: int, max_prompt_to
     """Reads, splits, renders and tokenizes the data.
 
     `tokenizer` is a Hugging Face tokenizer. A prompt may have max_prompt_tokens tokens, or data.max_prompt_tokens
-    where that is less. prompt_id is "train/17" or "eval/17" by the row's number in its file, from 0; every column
-    but the answer goes to `metadata`.
+    where that is less. prompt_id is "train/17" or "eval/17" by the row's number over all files of the set, from 0;
+    every column but the answer goes to `metadata`.
 
     The held-out rows are the data.eval_size prompts whose text has the smallest SHA-256: the same ones for every
     seed, row order and machine, and a larger eval_size only adds to them. Rows are compared by their prompt column,
@@ -72,7 +74,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, seed: int, max_prompt_to
     _check(config)
     if config.source == "arithmetic":
         config = replace(config, prompt_column="prompt", answer_column="answer")
-    train_rows, eval_rows = _read(config, seed)
+    train_rows, eval_rows, num_files = _read(config, seed)
     prompt_keys = {id(row): _prompt_key(row, config) for row in [*train_rows, *eval_rows]}
     if _splits(config):
         eval_rows = _hold_out(train_rows, prompt_keys, config)
@@ -90,6 +92,7 @@ def load_prompts(config: DataConfig, tokenizer: Any, *, seed: int, max_prompt_to
         eval=evaluation,
         num_dropped=len(kept_rows) + len(eval_rows) - len(train) - len(evaluation),
         num_duplicates=len(train_rows) - len(kept_rows) - (len(eval_rows) if _splits(config) else 0),
+        num_files=num_files,
     )
 
 
@@ -103,31 +106,35 @@ def _check(config: DataConfig) -> None:
         raise UserError(f"data.source={config.source} is unknown; use one of {', '.join(SOURCES)}")
     if config.source == "arithmetic" and config.path is not None:
         raise UserError(
-            f"data.path={config.path} is not read by data.source=arithmetic; set data=jsonl, parquet or hub"
+            f"data.path={shown(config.path)} is not read by data.source=arithmetic; set data=jsonl, parquet or hub"
         )
     if config.source != "arithmetic" and config.path is None:
         raise UserError(f"data.path is not set, which data.source={config.source} reads; set it or use data=arithmetic")
     if config.eval_path is not None and config.source in ("hub", "arithmetic"):
         mend = "use data.eval_split" if config.source == "hub" else "remove it"
-        raise UserError(f"data.eval_path={config.eval_path} is not read by data.source={config.source}; {mend}")
+        raise UserError(f"data.eval_path={shown(config.eval_path)} is not read by data.source={config.source}; {mend}")
     if config.eval_split is not None and config.source != "hub":
         raise UserError(f"data.eval_split={config.eval_split} is only read by data.source=hub; use data.eval_path")
+    if config.source == "hub" and len(names_in(config.path, "data.path")) > 1:
+        raise UserError(f"data.path={shown(config.path)}: data.source=hub reads one data set; name one")
     if config.long_prompts not in ("fail", "drop"):
         raise UserError(f"data.long_prompts={config.long_prompts} is unknown; use fail or drop")
     if config.prompt_template.count("{prompt}") != 1:
         raise UserError(f"data.prompt_template={config.prompt_template!r} must hold {{prompt}} once")
 
 
-def _read(config: DataConfig, seed: int) -> tuple[list[Row], list[Row]]:
-    """The training rows and those that the user held out."""
+def _read(config: DataConfig, seed: int) -> tuple[list[Row], list[Row], int]:
+    """The training rows, those that the user held out, and how many files the former are from."""
     if config.source == "arithmetic":
-        return generate_rows(config, seed=seed)
-    assert config.path is not None
+        return *generate_rows(config, seed=seed), 1
     if config.source == "hub":
-        evaluation = read_hub(config.path, config.hub_config, config.eval_split) if config.eval_split else []
-        return read_hub(config.path, config.hub_config, config.split), evaluation
-    read = read_jsonl if config.source == "jsonl" else read_parquet
-    return read(config.path, "data.path"), read(config.eval_path, "data.eval_path") if config.eval_path else []
+        (name,) = names_in(config.path, "data.path")
+        evaluation = read_hub(name, config.hub_config, config.eval_split) if config.eval_split else []
+        return read_hub(name, config.hub_config, config.split), evaluation, 1
+    train_rows, num_files = read_files(config.path, "data.path", config.source)
+    held_out = config.eval_path is not None
+    eval_rows = read_files(config.eval_path, "data.eval_path", config.source)[0] if held_out else []
+    return train_rows, eval_rows, num_files
 
 
 def _prompt_key(row: Row, config: DataConfig) -> str:
@@ -148,13 +155,13 @@ def _column(row: Row, column: str, key: str, mend: str) -> Any:
 
 
 def _hold_out(rows: list[Row], prompt_keys: dict[int, str], config: DataConfig) -> list[Row]:
-    """The first row of each held-out prompt, in the file's order."""
+    """The first row of each held-out prompt, in the data's order."""
     first_rows: dict[str, Row] = {}
     for row in rows:
         first_rows.setdefault(prompt_keys[id(row)], row)
     if config.eval_size >= len(first_rows):
         raise UserError(
-            f"data.eval_size={config.eval_size} leaves nothing to train on: {config.path} has {len(first_rows)} "
+            f"data.eval_size={config.eval_size} leaves nothing to train on: {shown(config.path)} has {len(first_rows)} "
             f"different prompts; lower it or give data.eval_path"
         )
     by_hash = sorted(first_rows, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())

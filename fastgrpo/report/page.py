@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fastgrpo.data_files import shown
 from fastgrpo.report import samples
 from fastgrpo.report.assets import CSS, SCRIPT
 from fastgrpo.report.charts import Chart, render, smoothing_window, x_axis
@@ -109,7 +110,7 @@ def _facts(config: Config) -> list[tuple[str, str]]:
 
     def text(key: str, form: str = "{}") -> str:
         value = _get(config, key)
-        return "" if value is None else form.format(value)
+        return "" if value is None else form.format(shown(value))
 
     built = "built from nothing" if "model" in config else ""
     clips = _get(config, "algorithm.surrogate") in ("clip", "cispo")

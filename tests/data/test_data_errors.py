@@ -43,6 +43,7 @@ def error_of(*args, **changes):
             {"source": "hub", "eval_path": "y"},
             "data.eval_path=y is not read by data.source=hub; use data.eval_split",
         ),
+        ({"source": "hub", "path": ["x", "y"]}, "data.path=[x,y]: data.source=hub reads one data set; name one"),
         ({"eval_split": "test"}, "data.eval_split=test is only read by data.source=hub; use data.eval_path"),
         ({"long_prompts": "cut"}, "data.long_prompts=cut is unknown; use fail or drop"),
         ({"prompt_template": "Q:"}, "data.prompt_template='Q:' must hold {prompt} once"),
@@ -57,10 +58,34 @@ def test_missing_file(tokenizer, tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     there = f"does not exist (looked in {tmp_path}); correct the path"
     assert error_of(tokenizer, "no.jsonl", source=source) == f"data.path=no.jsonl {there}"
-    assert (
-        error_of(tokenizer, ".", source=source)
-        == "data.path=. is a directory; name the file in it, or read all of its files with data=hub"
+    there = "holds no .jsonl or .parquet file; name a directory that does, or the files"
+    assert error_of(tokenizer, ".", source=source) == f"data.path=. {there}"
+
+
+def test_names_of_several_files(tokenizer, jsonl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jsonl([ROW], "train-0.jsonl")
+    jsonl([ROW], "tests.jsonl")
+    assert error_of(tokenizer, "dev-*.jsonl") == (
+        f"data.path=dev-*.jsonl matches no file (looked in {tmp_path}); correct the pattern"
     )
+    assert error_of(tokenizer, ["train-0.jsonl", "nope.parquet"]).startswith("data.path=nope.parquet does not exist")
+    assert error_of(tokenizer, ["train-0.jsonl", "./train*"]) == (
+        "data.path=[train-0.jsonl,./train*] names train-0.jsonl twice; name it once"
+    )
+    assert len(load(tokenizer, ".").train) == 2
+    jsonl([ROW], "test.jsonl")
+    assert error_of(tokenizer, ["tests.jsonl", "."]) == (
+        "data.path=. holds the files of several splits; name those of one: 'test*' or 'train*'"
+    )
+
+
+@pytest.mark.parametrize("value", [3, True, {"a": "b"}, "", " ", [], ["a.jsonl", 3], ["a.jsonl", ["b.jsonl"]]])
+@pytest.mark.parametrize("key", ["path", "eval_path"])
+def test_what_names_no_file(tokenizer, jsonl, key, value):
+    paths = {"path": jsonl([ROW]), "eval_path": None} | {key: value}
+    message = error_of(tokenizer, **paths)
+    assert re.fullmatch(rf"data\.{key}=.*: give a file, a directory, a pattern .*, or a list of these: \[.*\]", message)
 
 
 def test_missing_eval_file(tokenizer, jsonl):
@@ -92,10 +117,11 @@ def test_not_parquet(tokenizer, jsonl, tmp_path):
     parquet.write_table(pyarrow.table({"question": ["a" * 100] * 100}), damaged)
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:4] + bytes(60) + whole[64:])
-    for path in (jsonl([ROW]), str(damaged)):
+    for path in (jsonl([ROW], "lines.parquet"), jsonl([ROW], "lines.data"), str(damaged)):
         message = error_of(tokenizer, path, source="parquet")
         assert re.fullmatch(
-            rf"data\.path={re.escape(path)} cannot be read as Parquet \(.+\); for JSON Lines set data=jsonl", message
+            rf"data\.path={re.escape(path)} cannot be read as Parquet \(.+\); restore it, or name JSON Lines .jsonl",
+            message,
         )
 
 

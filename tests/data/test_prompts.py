@@ -60,6 +60,26 @@ def test_parquet_is_read_like_jsonl(jsonl, tmp_path, tokenizer):
         ]
 
 
+def test_several_files_are_one_set(jsonl, tmp_path, tokenizer):
+    rows = questions(12)
+    whole = load(tokenizer, jsonl(rows, "whole.jsonl"), eval_path=jsonl(rows[1:3], "held-out.jsonl"))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    parts = [jsonl(rows[:5], "shards/a-0.jsonl"), str(shards / "a-1.parquet"), jsonl(rows[8:], "shards/a-2.txt")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows[5:8]), parts[1])
+    held_out = [jsonl(rows[1:2], "b.jsonl"), jsonl(rows[2:3], "c.jsonl")]
+
+    def seen(prompt_set):
+        return [(p.prompt_id, p.text, p.answer) for p in prompt_set]
+
+    for path in (parts, f"{shards}/a-*", [f"{shards}/a-[01].*", parts[2]], [str(shards), parts[2]]):
+        sets = load(tokenizer, path, eval_path=held_out)
+        assert (seen(sets.train), seen(sets.eval)) == (seen(whole.train), seen(whole.eval))
+        assert sets.num_files == 3
+    assert [p.answer for p in load(tokenizer, parts[::-1]).train] == [8, 9, 10, 11, 5, 6, 7, 0, 1, 2, 3, 4]
+    assert len(load(tokenizer, str(shards), eval_size=3).train) == 5  # a directory's other files are none of the data
+
+
 def test_the_hub_is_asked_for_splits(monkeypatch, tokenizer):
     asked = []
 
