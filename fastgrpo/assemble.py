@@ -17,6 +17,7 @@ from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config, UserError
 from fastgrpo.console import Console
 from fastgrpo.data import PromptSets, PromptStream
+from fastgrpo.exports import Exports
 from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.objective import Objective
 from fastgrpo.learners import make_learner
@@ -126,9 +127,12 @@ def assemble(
         check_contract(contract, task.objective)
         described = describe(model, device_of(config)[0])
         console.banner(config.run.name, batch_algebra(config, prompts, ranks.num_ranks, described, model.config))
+        write_policy = partial(export, learner=learner, model=adapters or model, tokenizer=task.tokenizer)
+        exports = Exports(run_dir, write_policy, ranks)
         # Nothing can be refused any more, so what a resumed run begins anew may go.
         if config.resume != "no" and not only_evaluates:
             checkpoints.remove_after(state["step"])  # before their rows go, so that no checkpoint is without them
+            exports.remove_after(state["step"])
         log = None
         if ranks.is_main and not only_evaluates:
             log = stack.enter_context(open_log(config, run_dir, state["step"] if checkpoint else None, console.message))
@@ -154,7 +158,8 @@ def assemble(
             num_nonfinite=state["num_nonfinite"],
             flops=partial(update_flops, Shape.of(model.config), frozen=adapters is not None),
             peak_flops=peak_flops(*device_of(config)),
-            export=lambda path: export(path, learner, adapters or model, task.tokenizer),
+            export=write_policy,
+            exports=exports,
         )
         # What is there by now stays. Looked through again and again it would hold up a step, and with it every rank.
         gc.collect()

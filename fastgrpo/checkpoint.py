@@ -2,7 +2,8 @@
 
 A checkpoint is a directory checkpoints/step-000050 with learner/ (what the learner writes: weights, optimizer,
 reference), run.json (the step, the data's order, unfinished completions) and manifest.json (every file's size and
-SHA-256). A kill at any moment leaves at worst a directory whose name starts with a dot, which the next save removes.
+SHA-256). A kill at any moment leaves at worst a directory whose name starts with a dot, which the next save removes
+(fastgrpo/step_directories.py).
 
 Each rank writes, flushes and hashes its own files, and on a resume hashes its share of all of them. Directories are
 made, named and removed by the main rank alone.
@@ -23,10 +24,10 @@ from typing import Any, Protocol, TypeVar
 
 from fastgrpo.config import UserError
 from fastgrpo.learner.protocol import PendingSave
-from fastgrpo.manifest import Fingerprint, find_problem, flush, seal, write_file
+from fastgrpo.manifest import Fingerprint, find_problem, seal, write_file
 from fastgrpo.ranks import Ranks
+from fastgrpo.step_directories import StepDirectories
 
-PARTIAL = ".partial-"
 T = TypeVar("T")
 
 
@@ -66,6 +67,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, *, keep: int, ranks: Ranks | None = None) -> None:
         self.directory, self.keep, self.ranks = run_dir / "checkpoints", keep, ranks or Ranks()
+        self._steps = StepDirectories(self.directory)
         self._pending: _Pending | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -84,11 +86,11 @@ class Checkpoints:
         Raises UserError where the disk is full or the directory cannot be written; older checkpoints stay as they are.
         """
         self.publish(waits=True)
-        partial = self.directory / f"{PARTIAL}step-{step:06d}"
+        partial = self._steps.partial(step)
         with self._failing_in_one_line(step, partial):
             if self.ranks.is_main:
-                self._remove_partial()
-                (partial / "learner").mkdir(parents=True)
+                self._steps.begin(step)
+                (partial / "learner").mkdir()
                 (partial / "run.json").write_text(json.dumps({"step": step, **run}))
             self.ranks.barrier()
             save = begin_save(partial / "learner", copy=background)
@@ -130,7 +132,7 @@ class Checkpoints:
 
         Raises UserError where all are broken: to begin anew would delete what might still be mended.
         """
-        every = self.ranks.from_main(self._all())
+        every = self.ranks.from_main(self._steps.newest_first())
         for path in every:
             problem = find_problem(path, self.ranks)
             if problem is None:
@@ -144,25 +146,12 @@ class Checkpoints:
 
     def remove_after(self, step: int) -> None:
         """Forget the future of a run that goes on from an older step, as its metrics do."""
-        for path in self._all() if self.ranks.is_main else ():
-            if _step_of(path) > step:
-                shutil.rmtree(path)
-
-    def _all(self) -> list[Path]:
-        """The newest first; not a copy of one that somebody has put beside them."""
-        return sorted((p for p in self.directory.glob("step-*") if _step_of(p) >= 0), key=_step_of, reverse=True)
-
-    def _remove_partial(self) -> None:
-        for path in self.directory.glob(f"{PARTIAL}*"):
-            shutil.rmtree(path)
+        if self.ranks.is_main:
+            self._steps.remove_after(step)
 
     def _name(self, partial: Path) -> None:
-        final = self.directory / partial.name.removeprefix(PARTIAL)
-        if final.exists():  # of a run that was resumed from an older step
-            shutil.rmtree(final)
-        partial.rename(final)
-        flush(self.directory)
-        for old in self._all()[self.keep :]:
+        self._steps.name(partial)
+        for old in self._steps.newest_first()[self.keep :]:
             shutil.rmtree(old)
 
     @contextmanager
@@ -217,8 +206,3 @@ def open_checkpoint(path: Path, ranks: Ranks) -> Checkpoint:
     if problem is not None:
         raise UserError(f"resume={path}: {problem}; give a run's directory to take its newest whole checkpoint")
     return Checkpoint(path=path)
-
-
-def _step_of(path: Path) -> int:
-    digits = path.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else -1

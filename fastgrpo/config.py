@@ -465,6 +465,9 @@ class CheckpointConfig:
     killed before that is done goes on from the checkpoint before. The last one is waited for."""
     export: bool = True
     """Write the final policy as a Hugging Face directory into run.dir/hf."""
+    export_every: int = 0
+    """Steps between policies that are written as Hugging Face directories, run.dir/exports/step-000050, for evaluations
+    beside the run: each appears whole, and all are kept. 0: none."""
 
 
 @dataclass(kw_only=True)
@@ -475,7 +478,7 @@ class Config:
     """Prompts' order, samples and everything else random derive from it."""
     resume: str = "no"
     """no | auto (the newest whole checkpoint of run.dir, or of runs/latest) | a run's or checkpoint's path.
-    Rows and checkpoints of later steps are removed from run.dir."""
+    Rows, checkpoints and exports of later steps are removed from run.dir."""
     deterministic: bool = False
     """On a GPU: the learner repeats a run bit by bit, which costs speed (a CPU's runs always do)."""
     run: RunConfig = field(default_factory=RunConfig)

@@ -10,6 +10,7 @@ from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config
 from fastgrpo.console import Console
 from fastgrpo.data import PromptStream
+from fastgrpo.exports import Exports
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.metrics import Ledger, MetricsLog, Sample
 from fastgrpo.models.flops import Batch
@@ -55,6 +56,8 @@ class Run:
     """What the device can do in a second; None where that is not known."""
     export: Callable[[Path], None]
     """Writes the policy as a Hugging Face directory."""
+    exports: Exports
+    """Those of every checkpoint.export_every steps."""
     step: int = 0
     """The last step that is done."""
     num_nonfinite: int = 0

@@ -110,18 +110,16 @@ def refuse_divergence(run: Run, result: StepResult, batches: Sequence[PackedBatc
 
 
 def record(run: Run, row: dict[str, float], *, last: bool) -> None:
-    """Save where it is due and write the step's row, in the order that a kill at any moment survives."""
+    """Save and export where it is due and write the step's row, in the order that a kill at any moment survives."""
     config = run.config.checkpoint
-    if run.step and (last or (config.every and run.step % config.every == 0)):
+    if last or is_due(run.step, config.every):
+        save(run, background=config.background and not last)  # the last one has nothing to be written beside
+    if is_due(
+        run.step, config.export_every
+    ):  # before its checkpoint is visible, from which no run would write it again
         with run.ledger("checkpoint"):
-            run.phases.enter("train")  # what was offloaded is part of the state
-            state = {
-                "stream": run.stream.state_dict(),
-                "unfinished": run.unfinished.state_dict() if run.learner.ranks.is_main else [],  # who alone writes it
-                "num_nonfinite": run.num_nonfinite,
-            }
-            # The last one has nothing to be written beside.
-            run.checkpoints.save(run.step, run.learner.begin_save, state, background=config.background and not last)
+            run.phases.enter("train")  # gathering weights takes room
+            run.exports.write(run.step)
     row = {"step": run.step, **row, **run.phases.row(), **run.ledger.step()}
     row |= stats.of_rates(row, run.learner.ranks.num_ranks, run.peak_flops)
     if run.log is not None:
@@ -131,3 +129,20 @@ def record(run: Run, row: dict[str, float], *, last: bool) -> None:
         # Only now: a checkpoint that is visible has its step's row in metrics.jsonl.
         run.checkpoints.publish()
     run.console.step(row)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something is to be done after this step; never where `every` is 0, and not before the first."""
+    return step > 0 and every > 0 and step % every == 0
+
+
+def save(run: Run, *, background: bool) -> None:
+    """Write a checkpoint, which `publish` makes count."""
+    with run.ledger("checkpoint"):
+        run.phases.enter("train")  # what was offloaded is part of the state
+        state = {
+            "stream": run.stream.state_dict(),
+            "unfinished": run.unfinished.state_dict() if run.learner.ranks.is_main else [],  # who alone writes it
+            "num_nonfinite": run.num_nonfinite,
+        }
+        run.checkpoints.save(run.step, run.learner.begin_save, state, background=background)

@@ -102,6 +102,7 @@ _AT_LEAST: dict[str, float] = {
     "eval.top_k": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "checkpoint.export_every": 0,
     "model.lora.rank": 0,
     "model.hidden_size": 1,
     "model.num_layers": 1,

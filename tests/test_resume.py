@@ -97,6 +97,10 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+def exports(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "exports").iterdir())
+
+
 def resume(model: str, *more: str):
     ended = fastgrpo(*settings(model, "resume=auto", *more))
     assert (ended.code, ended.err) == (0, "")
@@ -284,15 +288,26 @@ def test_a_finished_run_resumed_only_exports_again(finished, tiny_qwen2, undistu
 
 
 def test_a_run_goes_on_from_any_checkpoint_by_its_path(finished, tiny_qwen2, undisturbed):
-    """Rows and checkpoints of the future that is given up go, so that a kill now could not bring them back."""
-    kill = partial(signal_at, "fastgrpo.trainer:update_policy", 1, KILL)
+    """Rows, checkpoints and exports of the future that is given up go, so that a kill now could not bring them back.
+
+    The kill is in an export, of which only what nobody looks for is left; and exports disturb nothing."""
+    for name in ("step-000002", "step-000005", ".partial-step-000006"):
+        (finished / "exports" / name).mkdir(parents=True)
+    kill = partial(signal_at, "fastgrpo.exports:flush", 3, KILL)
     arguments = [argument for argument in settings(tiny_qwen2) if argument != "run.dir=run"]
-    ended = fastgrpo(*arguments, "resume=run/checkpoints/step-000002", install=kill)
+    ended = fastgrpo(*arguments, "resume=run/checkpoints/step-000002", "checkpoint.export_every=3", install=kill)
     assert ended.code == -KILL
     assert checkpoints(finished) == ["step-000002"]
     assert [row["step"] for row in read_jsonl(finished / "metrics.jsonl")] == [0, 1, 2]
-    resume(tiny_qwen2)
+    assert exports(finished) == [".partial-step-000003", "step-000002"]
+    assert (finished / "exports/.partial-step-000003/model.safetensors").exists()
+    resume(tiny_qwen2, "checkpoint.export_every=3")
     assert_same_run(finished, undisturbed)
+    assert exports(finished) == ["step-000002", "step-000003", "step-000006"]
+    policies = [finished / name for name in ("exports/step-000003", "exports/step-000006", "hf")]
+    earlier, last, final = ({file.name: file.read_bytes() for file in policy.iterdir()} for policy in policies)
+    assert last == final
+    assert {name for name in earlier if earlier[name] != final[name]} == {"model.safetensors"}
 
 
 def test_a_run_without_any_whole_checkpoint_is_refused_and_loses_nothing(finished, tiny_qwen2):

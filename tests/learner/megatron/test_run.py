@@ -42,6 +42,7 @@ def settings(directory: Path) -> list[str]:
         "algorithm.importance_level=sequence",
         "checkpoint.every=1",
         "checkpoint.background=true",
+        "checkpoint.export_every=2",
         f"environment.path={ENVIRONMENTS}:echoes",
         "environment.num_workers=0",
         f"sampling.stop_token_ids=[{','.join(map(str, range(2, 70)))}]",
@@ -71,7 +72,8 @@ def test_experts_dealt_over_data_ranks_with_unequally_many_micro_batches(finishe
         assert row["updates/skipped"] == 0
         assert row["sampler_mismatch/max_abs"] < 2e-4  # in every turn, on either rank
         assert row["turns/mean"] > 1
-    assert (directory / "run" / "hf" / "model.safetensors").is_file()
+    policies = [directory / "run" / name / "model.safetensors" for name in ("hf", "exports/step-000002")]
+    assert policies[0].read_bytes() == policies[1].read_bytes()
 
 
 def test_one_rank_finds_a_flipped_byte_and_one_with_a_full_disk_ends_the_job_in_one_line(finished, tmp_path):
@@ -99,7 +101,7 @@ def test_fresh_adapters_train_as_in_a_run_of_the_torch_learner(workplace):
     options = ["model.lora.rank=4", "train.learning_rate=0.02", "algorithm.kl_coef=0.05", "run.console=none"]
     config, text = compose("train", with_shorthands(small_run(model, *options, "run.dir=torch")))
     assert commands.train(config, text)[0] is None
-    cut = small_run(model, *options, "learner=megatron", "learner.tp=2")
+    cut = small_run(model, *options, "learner=megatron", "learner.tp=2", "checkpoint.export_every=1")
     job = torchrun(workplace, "-m", "fastgrpo", "train", *cut)
     assert job.returncode == 0, job.stderr[-4000:]
     rows, expected = (read_jsonl(workplace / name / "metrics.jsonl") for name in ("run", "torch"))
@@ -108,6 +110,9 @@ def test_fresh_adapters_train_as_in_a_run_of_the_torch_learner(workplace):
             assert got[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
     mine, theirs = (load_file(workplace / name / "hf" / "adapter_model.safetensors") for name in ("run", "torch"))
     assert mine.keys() == theirs.keys()
+    first, last = (load_file(workplace / f"run/exports/step-00000{step}/adapter_model.safetensors") for step in (1, 2))
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in last.items())
+    assert any(not torch.equal(tensor, mine[name]) for name, tensor in first.items())
     for name, tensor in theirs.items():
         torch.testing.assert_close(mine[name], tensor, atol=1e-4, rtol=0)
 
