@@ -290,21 +290,22 @@ def test_a_finished_run_resumed_only_exports_again(finished, tiny_qwen2, undistu
 def test_a_run_goes_on_from_any_checkpoint_by_its_path(finished, tiny_qwen2, undisturbed):
     """Rows, checkpoints and exports of the future that is given up go, so that a kill now could not bring them back.
 
-    The kill is in an export, of which only what nobody looks for is left; and exports disturb nothing."""
+    The kill is in an export, of which only what nobody looks for is left, as of the checkpoint that would have gone on
+    without it. And exports disturb nothing."""
     for name in ("step-000002", "step-000005", ".partial-step-000006"):
         (finished / "exports" / name).mkdir(parents=True)
     kill = partial(signal_at, "fastgrpo.exports:flush", 3, KILL)
     arguments = [argument for argument in settings(tiny_qwen2) if argument != "run.dir=run"]
-    ended = fastgrpo(*arguments, "resume=run/checkpoints/step-000002", "checkpoint.export_every=3", install=kill)
+    ended = fastgrpo(*arguments, "resume=run/checkpoints/step-000002", "checkpoint.export_every=2", install=kill)
     assert ended.code == -KILL
-    assert checkpoints(finished) == ["step-000002"]
-    assert [row["step"] for row in read_jsonl(finished / "metrics.jsonl")] == [0, 1, 2]
-    assert exports(finished) == [".partial-step-000003", "step-000002"]
-    assert (finished / "exports/.partial-step-000003/model.safetensors").exists()
-    resume(tiny_qwen2, "checkpoint.export_every=3")
+    assert checkpoints(finished) == [".partial-step-000004", "step-000002"]
+    assert [row["step"] for row in read_jsonl(finished / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert exports(finished) == [".partial-step-000004", "step-000002"]
+    assert (finished / "exports/.partial-step-000004/model.safetensors").exists()
+    resume(tiny_qwen2, "checkpoint.export_every=2")
     assert_same_run(finished, undisturbed)
-    assert exports(finished) == ["step-000002", "step-000003", "step-000006"]
-    policies = [finished / name for name in ("exports/step-000003", "exports/step-000006", "hf")]
+    assert exports(finished) == ["step-000002", "step-000004", "step-000006"]
+    policies = [finished / name for name in ("exports/step-000004", "exports/step-000006", "hf")]
     earlier, last, final = ({file.name: file.read_bytes() for file in policy.iterdir()} for policy in policies)
     assert last == final
     assert {name for name in earlier if earlier[name] != final[name]} == {"model.safetensors"}
