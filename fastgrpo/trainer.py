@@ -114,12 +114,12 @@ def record(run: Run, row: dict[str, float], *, last: bool) -> None:
     config = run.config.checkpoint
     if last or is_due(run.step, config.every):
         save(run, background=config.background and not last)  # the last one has nothing to be written beside
-    if is_due(
-        run.step, config.export_every
-    ):  # before its checkpoint is visible, from which no run would write it again
+    if is_due(run.step, config.export_every):
         with run.ledger("checkpoint"):
             run.phases.enter("train")  # gathering weights takes room
-            run.exports.write(run.step)
+            run.exports.write(
+                run.step
+            )  # before the step's checkpoint is visible, from which no run would write it again
     row = {"step": run.step, **row, **run.phases.row(), **run.ledger.step()}
     row |= stats.of_rates(row, run.learner.ranks.num_ranks, run.peak_flops)
     if run.log is not None:
