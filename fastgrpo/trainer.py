@@ -117,9 +117,8 @@ def record(run: Run, row: dict[str, float], *, last: bool) -> None:
     if is_due(run.step, config.export_every):
         with run.ledger("checkpoint"):
             run.phases.enter("train")  # gathering weights takes room
-            run.exports.write(
-                run.step
-            )  # before the step's checkpoint is visible, from which no run would write it again
+            # Before the step's checkpoint is visible: a run that goes on from that would not write it again.
+            run.exports.write(run.step)
     row = {"step": run.step, **row, **run.phases.row(), **run.ledger.step()}
     row |= stats.of_rates(row, run.learner.ranks.num_ranks, run.peak_flops)
     if run.log is not None:
