@@ -73,14 +73,14 @@ def load_task(
         tokenizer, prompts = load_data(config)
         vocab_size = check_model(config, tokenizer, prompts, ranks, needs_eval_prompts=needs_eval_prompts).vocab_size
         check_reference(config, objective, tokenizer, vocab_size, longest_sequence(config, prompts))
-        rewards.check(prompts.train[0], group_size=config.algorithm.group_size)
+        rewards.check(*prompts.kinds, group_size=config.algorithm.group_size)
         if isinstance(compare, CustomAdvantage):
             compare.check(prompts.train[0], rewards.names, config.algorithm.group_size)
         answers = None
         if responds is not None:
             encode = ReplyEncoder(config.data, tokenizer, vocab_size=vocab_size)
             answers = stack.enter_context(Environment(config.environment, responds, encode, tokenizer))
-            answers.check(prompts.train[0])
+            answers.check(*prompts.kinds)
         yield Task(
             objective=objective,
             compare=compare,

@@ -384,7 +384,7 @@ REWARD = {
     ),
     "unknown argument": (
         f"{REWARDS}:needs_a_colour",
-        r"reward.path=\S+ asks for `colour`, which is neither one of .* nor a column of the data .*; .*",
+        r"reward.path=\S+ asks for `colour`, which is neither one of .* nor a column of train/\d+ .*; .*",
     ),
 }
 

@@ -40,6 +40,14 @@ class PromptSets:
     """What data.path names."""
 
     @property
+    def kinds(self) -> list[Prompt]:
+        """The first prompt of each set of columns, in which files and rows of JSON Lines may differ."""
+        kinds: dict[tuple[str, ...], Prompt] = {}
+        for prompt in [*self.train, *self.eval]:
+            kinds.setdefault(tuple(prompt.metadata), prompt)
+        return list(kinds.values())
+
+    @property
     def max_tokens(self) -> int:
         """The longest prompt's, of either set."""
         return max(len(prompt.token_ids) for prompt in [*self.train, *self.eval])

@@ -87,11 +87,13 @@ class Environment:
             for (prompt, rollout), outcome in zip(turns, outcomes, strict=True)
         ]
 
-    def check(self, prompt: Prompt) -> None:
-        """Answers a made-up turn, so that a broken function ends the run before it starts. Raises UserError as
-        `replies` does."""
+    def check(self, prompt: Prompt, *others: Prompt) -> None:
+        """Answers a made-up turn, so that a broken function ends the run before it starts, and sees whether it could be
+        called for the others, which may have other columns. Raises UserError as `replies` does."""
         made_up = [{"role": "assistant", "content": "0"}]
         said = {"turn": "0", "raw_turn": "0", "conversation": made_up, "num_turns": 1, "conversation_id": CHECK}
+        for other in others:
+            self._arguments(other, said)
         (outcome,) = self._call([(prompt, said)])
         self._reply(prompt, 1, -1, outcome)
 
@@ -110,14 +112,15 @@ class Environment:
         return said
 
     def _call(self, turns: list[tuple[Prompt, dict[str, Any]]]) -> list[Any]:
-        calls = []
-        for prompt, said in turns:
-            row = {"prompt": prompt.text, "answer": prompt.answer, "metadata": dict(prompt.metadata)}
-            calls.append(arguments_of(self._function, said | row, prompt.metadata))
+        calls = [self._arguments(prompt, said) for prompt, said in turns]
         # Async calls all run at once, each worker's share in its event loop; others one by one.
         share = -(-len(calls) // max(1, self._config.num_workers)) if self._function.is_async else 1
         tickets = [self._executor.submit(0, calls[i : i + share]) for i in range(0, len(calls), max(1, share))]
         return [outcome for ticket in tickets for outcome in ticket()]
+
+    def _arguments(self, prompt: Prompt, said: dict[str, Any]) -> dict[str, Any]:
+        row = {"prompt": prompt.text, "answer": prompt.answer, "metadata": dict(prompt.metadata)}
+        return arguments_of(self._function, said | row, prompt.metadata, prompt.prompt_id)
 
     def _reply(self, prompt: Prompt, start: int, last_token: int, outcome: Any) -> Reply:
         where = f"{self._function.key}={self._function.path} on prompt {prompt.prompt_id}"

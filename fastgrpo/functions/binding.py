@@ -9,8 +9,10 @@ from fastgrpo.config import UserError
 from fastgrpo.functions.contract import UserFunction
 
 
-def arguments_of(function: UserFunction, offered: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """What the function asks for, of what is offered by name and of the data's columns.
+def arguments_of(
+    function: UserFunction, offered: Mapping[str, Any], columns: Mapping[str, Any], prompt_id: str
+) -> dict[str, Any]:
+    """What the function asks for, of what is offered by name and of the prompt's columns in the data.
 
     Configured arguments come before columns of the same name. Raises UserError for a parameter that nothing fills.
     """
@@ -23,7 +25,7 @@ def arguments_of(function: UserFunction, offered: Mapping[str, Any], columns: Ma
         there = ", ".join(columns) or "none"
         raise UserError(
             f"{function.key}={function.path} asks for `{missing[0]}`, which is neither one of "
-            f"{', '.join(function.offered)} nor a column of the data ({there}); rename it, give it a default or set "
+            f"{', '.join(function.offered)} nor a column of {prompt_id} ({there}); rename it, give it a default or set "
             f"{function.key.removesuffix('path').removesuffix('.')}.kwargs.{missing[0]}"
         )
     return {**free, **asked}

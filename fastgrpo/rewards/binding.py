@@ -48,7 +48,10 @@ def bind(function: RewardFunction, sample: Sample) -> list[dict[str, Any]]:
     Raises UserError for a parameter that nothing fills.
     """
     shared = {"prompt": sample.prompt, "answer": sample.answer, "metadata": dict(sample.metadata)}
-    return [arguments_of(function, {**shared, **own}, sample.metadata) for own in _own_arguments(function, sample)]
+    return [
+        arguments_of(function, {**shared, **own}, sample.metadata, sample.prompt_id)
+        for own in _own_arguments(function, sample)
+    ]
 
 
 def _own_arguments(function: RewardFunction, sample: Sample) -> list[dict[str, Any]]:

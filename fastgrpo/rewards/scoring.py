@@ -121,26 +121,18 @@ class Rewards:
                 metrics[f"reward/{name}"] = torch.cat([group.reward_terms[name] for group in scored]).mean().item()
         return ScoreResult(groups=scored, metrics=metrics)
 
-    def check(self, prompt: Prompt, *, group_size: int = 2) -> None:
-        """Scores made-up completions of a real prompt, so that a broken function ends the run before it starts.
+    def check(self, prompt: Prompt, *others: Prompt, group_size: int = 2) -> None:
+        """Scores made-up completions of a real prompt, so that a broken function ends the run before it starts, and
+        sees whether the functions could be called for the others, which may have other columns.
 
         Raises UserError as `score` does.
         """
-        sample = Sample(
-            prompt_id=prompt.prompt_id,
-            prompt=prompt.text,
-            answer=prompt.answer,
-            metadata=prompt.metadata,
-            completions=["0"],
-            conversations=[[{"role": "assistant", "content": "0"}]],
-            conversation_ids=[CHECK],
-            token_ids=[[0]],
-            turn_ends=[[0]],
-            finish_reasons=["stop"],
-        )
+        for other in others:
+            for function in self._functions:
+                bind(function, _made_up(other))
         calls = _Calls()
         for place in range(group_size):
-            self._call(calls, place, sample, group_size)
+            self._call(calls, place, _made_up(prompt), group_size)
         self._collect_all([calls])
 
     def _calls_of(self, group: RolloutGroup, decode: Callable[[Tensor], str]) -> _Calls:
@@ -260,6 +252,21 @@ def _sample(prompt: Prompt, rollout: Rollout, decode: Callable[[Tensor], str]) -
         token_ids=[rollout.token_ids.tolist()],
         turn_ends=[rollout.turn_ends],
         finish_reasons=[rollout.finish_reason],
+    )
+
+
+def _made_up(prompt: Prompt) -> Sample:
+    return Sample(
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.text,
+        answer=prompt.answer,
+        metadata=prompt.metadata,
+        completions=["0"],
+        conversations=[[{"role": "assistant", "content": "0"}]],
+        conversation_ids=[CHECK],
+        token_ids=[[0]],
+        turn_ends=[[0]],
+        finish_reasons=["stop"],
     )
 
 

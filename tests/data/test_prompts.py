@@ -80,6 +80,18 @@ def test_several_files_are_one_set(jsonl, tmp_path, tokenizer):
     assert len(load(tokenizer, str(shards), eval_size=3).train) == 5  # a directory's other files are none of the data
 
 
+def test_kinds_are_a_prompt_of_each_set_of_columns(jsonl, tokenizer):
+    rows = questions(5)
+    for number, level in ((1, 3), (2, 4), (4, 5)):
+        rows[number] |= {"level": level}
+    rows[3] |= {"topic": "sums"}
+    held_out = jsonl([{"question": "other?", "answer": 1, "source": "here"}], "held-out.jsonl")
+    kinds = load(tokenizer, jsonl(rows[:2], "a.jsonl"), eval_path=held_out).kinds
+    assert [prompt.prompt_id for prompt in kinds] == ["train/0", "train/1", "eval/0"]
+    kinds = load(tokenizer, [jsonl(rows[:3], "a.jsonl"), jsonl(rows[3:], "b.jsonl")], eval_path=held_out).kinds
+    assert [prompt.prompt_id for prompt in kinds] == ["train/0", "train/1", "train/3", "eval/0"]
+
+
 def test_the_hub_is_asked_for_splits(monkeypatch, tokenizer):
     asked = []
 

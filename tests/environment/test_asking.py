@@ -208,6 +208,8 @@ def test_a_broken_function_is_found_before_the_run(tmp_path):
         prompt, _ = said("a")
         with pytest.raises(UserError, match=r"environment.path=.* asks for `level`.* set environment.kwargs.level"):
             environment.check(prompt)
+        with pytest.raises(UserError, match=rf"asks for `level`, .* nor a column of {prompt.prompt_id} \("):
+            environment.check(replace(prompt, prompt_id="other", metadata={"level": 1}), prompt)
     config.kwargs = {"level": 1}
     with (
         opened(config) as environment,

@@ -201,11 +201,11 @@ def test_check_finds_a_parameter_that_nothing_fills(prompt):
 
     with Rewards(RewardConfig(num_workers=0), bad) as rewards:
         rewards.check(prompt(level=1))
-        with pytest.raises(UserError) as error:
-            rewards.check(prompt(topic="sums"))
+        with pytest.raises(UserError) as error:  # of a file, or a row, with other columns
+            rewards.check(prompt(level=1), prompt("train/23", topic="sums"))
     assert str(error.value) == (
         "reward=bad asks for `level`, which is neither one of completion, prompt, answer, metadata, "
-        "conversation, conversation_id, token_ids, turn_ends, finish_reason nor a column of the data (topic); rename "
+        "conversation, conversation_id, token_ids, turn_ends, finish_reason nor a column of train/23 (topic); rename "
         "it, give it a default or set reward.kwargs.level"
     )
 
