@@ -28,6 +28,7 @@ from fastgrpo.models.shape import Shape
 from fastgrpo.phases import Phase, Phases
 from fastgrpo.plan import Plan, device_memory, make_plan
 from fastgrpo.policy import describe, device_of, export
+from fastgrpo.profiler import Profiler
 from fastgrpo.ranks import Ranks
 from fastgrpo.resume import find_checkpoint, open_log, restore
 from fastgrpo.run import Run
@@ -153,6 +154,7 @@ def assemble(
             log=log,
             console=console,
             ledger=ledger,
+            profiler=make_profiler(config, ranks, ledger),
             checkpoints=checkpoints,
             step=state["step"],
             num_nonfinite=state["num_nonfinite"],
@@ -167,6 +169,14 @@ def assemble(
         stack.callback(gc.unfreeze)
         yield run
         run.phases.enter("rollout")  # an engine is closed awake, and needs the room that it had
+
+
+def make_profiler(config: Config, ranks: Ranks, ledger: Ledger) -> Profiler:
+    """What profiles the steps and ranks that the configuration names."""
+    run = config.run
+    of_ranks = range(ranks.num_ranks) if run.profile_ranks is None else run.profile_ranks
+    directory, gpu = Path(run.dir).expanduser() / "profile", device_of(config)[0].startswith("cuda")
+    return Profiler(directory, run.profile_steps, of_ranks, ranks, ledger, gpu=gpu)
 
 
 def plan_memory(config: Config, model_config: Any, prompts: PromptSets, ranks: Ranks) -> Plan:

@@ -70,6 +70,8 @@ def _train(
                 run.export(run_dir / "hf")
             if not ranks.is_main:
                 return stop.signum, run_dir
+            if missed := run.profiler.missed():
+                run.console.message(f"run.profile_steps={missed}: not profiled, as this run did not make these steps")
             page = write_report(run_dir)
         except (OSError, SafetensorError) as error:
             raise UserError(

@@ -28,6 +28,11 @@ class RunConfig:
     """auto | live | plain | none: a live display on a terminal, plain lines when piped."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Any of tensorboard, wandb, mlflow; metrics.jsonl and report.html are always written."""
+    profile_steps: list[int] = field(default_factory=list)
+    """Steps to profile, such as [3,4]: run.dir/profile gets torch's trace of each, a table of its costliest operators
+    and, on a GPU, a snapshot of its memory (docs/metrics.md)."""
+    profile_ranks: list[int] | None = field(default_factory=lambda: [0])
+    """The ranks that are profiled; null: all of them."""
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,7 @@ class Ledger:
         self._clock = clock
         self._open = ["other"]
         self._only: str | None = None
+        self._mark: Callable[[str], AbstractContextManager[object]] = nullcontext
         self._ns = dict.fromkeys((*PARTS, "other"), 0)
         self._border = clock()
 
@@ -65,11 +66,12 @@ class Ledger:
             raise ValueError(f"ledger part {part!r} is none of {', '.join(PARTS)}")
         self._charge()
         self._open.append(self._only or part)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._open.pop()
+        with self._mark(part if self._only is None else f"{self._only}/{part}"):
+            try:
+                yield
+            finally:
+                self._charge()
+                self._open.pop()
 
     @contextmanager
     def all_as(self, part: str) -> Iterator[None]:
@@ -79,6 +81,16 @@ class Ledger:
             yield
         finally:
             self._only = before
+
+    @contextmanager
+    def marking(self, mark: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
+        """Meanwhile put `mark(part)` around each part's block, a profiler's named range; eval/generate inside of
+        `all_as("eval")`."""
+        before, self._mark = self._mark, mark
+        try:
+            yield
+        finally:
+            self._mark = before
 
     def step(self) -> dict[str, float]:
         """Seconds a part since the previous call (or since the ledger was made), and begin the next step."""

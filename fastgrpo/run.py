@@ -15,6 +15,7 @@ from fastgrpo.learner.protocol import Learner
 from fastgrpo.metrics import Ledger, MetricsLog, Sample
 from fastgrpo.models.flops import Batch
 from fastgrpo.phases import Phase, Phases
+from fastgrpo.profiler import Profiler
 from fastgrpo.ranks import Ranks
 from fastgrpo.sampler.protocol import Sampler
 from fastgrpo.task import Task
@@ -49,6 +50,7 @@ class Run:
     """None but on the main rank."""
     console: Console
     ledger: Ledger
+    profiler: Profiler
     checkpoints: Checkpoints
     flops: Callable[[Batch], float]
     """What an update needs for a batch."""

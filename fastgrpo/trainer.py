@@ -32,16 +32,18 @@ def train(run: Run, stop: StopRequest) -> None:
     stopping = stop.asked(run.learner.ranks)
     while run.step < config.train.num_steps and not stopping:
         run.step += 1
-        groups, row = collect(run)  # sample, reward
-        groups = compute_advantages(run, groups)
-        row |= update_policy(run, groups)  # mu passes of clipped updates
-        run.learner.move_reference(policy_share(config.algorithm.reference, run.step))
-        share(run)
-        row |= evaluate_if_due(run)
-        run.log_samples(s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.task.decode, run.step, "train"))
-        # Asked once: the step that ends the loop is the one that is saved.
-        stopping = stop.asked(run.learner.ranks)
-        record(run, row, last=run.step == config.train.num_steps or stopping)
+        with run.profiler.step(run.step):
+            groups, row = collect(run)  # sample, reward
+            groups = compute_advantages(run, groups)
+            row |= update_policy(run, groups)  # mu passes of clipped updates
+            run.learner.move_reference(policy_share(config.algorithm.reference, run.step))
+            share(run)
+            row |= evaluate_if_due(run)
+            shown = (s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.task.decode, run.step, "train"))
+            run.log_samples(shown)
+            # Asked once: the step that ends the loop is the one that is saved.
+            stopping = stop.asked(run.learner.ranks)
+            record(run, row, last=run.step == config.train.num_steps or stopping)
 
 
 def share(run: Run) -> None:

@@ -24,6 +24,7 @@ def validate(config: Config, num_ranks: int | None = None) -> list[str]:
     _choices(config)
     _ranges(config)
     check_combinations(config, num_ranks)
+    _profile(config, num_ranks)
     _places(config)
     return _warnings(config)
 
@@ -177,6 +178,18 @@ def _ranges(config: Config) -> None:
         refuse("algorithm.std_ddof", config.algorithm.std_ddof, "use 1 or 0")
     if not -(2**63) <= config.seed < 2**63:
         refuse("seed", config.seed, "use a number of at most 63 bits")
+
+
+def _profile(config: Config, num_ranks: int) -> None:
+    run, num_steps = config.run, config.train.num_steps
+    for step in run.profile_steps:
+        if not 1 <= step <= num_steps:
+            refuse("run.profile_steps", step, f"use steps from 1 to train.num_steps={num_steps}")
+    for rank in run.profile_ranks or ():
+        if not 0 <= rank < num_ranks:
+            refuse("run.profile_ranks", rank, f"use ranks from 0 to {num_ranks - 1}, as many as there are processes")
+    if run.profile_steps and run.profile_ranks == []:
+        refuse("run.profile_ranks", "[]", "name the ranks that are profiled, or null for all")
 
 
 def _places(config: Config) -> None:

@@ -101,6 +101,18 @@ CONFIGURATION = {
         "train.prompts_per_step=4: not divisible by train.num_minibatches=3; change one of them",
     ),
     "negative temperature": ("sampling.temperature=-1", "sampling.temperature=-1.0: use a value of at least 0"),
+    "profile beyond the end": (
+        "run.profile_steps=[1,3]",
+        "run.profile_steps=3: use steps from 1 to train.num_steps=2",
+    ),
+    "profile of another rank": (
+        ["run.profile_steps=[1]", "run.profile_ranks=[1]"],
+        "run.profile_ranks=1: use ranks from 0 to 0, as many as there are processes",
+    ),
+    "profile of no rank": (
+        ["run.profile_steps=[1]", "run.profile_ranks=[]"],
+        "run.profile_ranks=[]: name the ranks that are profiled, or null for all",
+    ),
     "no temperature": (
         "sampling.temperature=0",
         "sampling.temperature=0: greedy completions are all equal; use a value above 0 (eval may be greedy)",

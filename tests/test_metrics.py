@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -111,6 +112,27 @@ def test_ledger_synchronizes_before_each_border():
     row = ledger.step()
     # Work that was queued before the block is not the block's.
     assert (row["time/other_s"], row["time/generate_s"]) == (2_000e-9, 1_000e-9)
+
+
+def test_parts_are_marked_only_meanwhile_and_with_what_they_are_part_of():
+    ledger, marks = Ledger(clock=FakeClock()), []
+
+    @contextmanager
+    def mark(name):
+        marks.append(f"{name}[")
+        yield
+        marks.append("]")
+
+    def evaluate():
+        with ledger("eval"), ledger.all_as("eval"), ledger("generate"):
+            pass
+
+    with ledger.marking(mark):
+        with ledger("update"), ledger("logprobs"):
+            pass
+        evaluate()
+    evaluate()
+    assert marks == ["update[", "logprobs[", "]", "]", "eval[", "eval/generate[", "]", "]"]
 
 
 def test_ledger_refuses_an_unknown_part():

@@ -225,10 +225,13 @@ def test_a_signal_finishes_the_step_saves_and_says_so(signum, code, workplace, t
 def test_a_signal_while_the_row_is_written_takes_one_step_more_and_saves_it(workplace, tiny_qwen2):
     """The step that was being recorded was not to be saved: the one that ends the loop is."""
     at = partial(signal_at, "fastgrpo.metrics:MetricsLog.write", 2, signal.SIGTERM)
-    ended = fastgrpo(*settings(tiny_qwen2), install=at)
+    ended = fastgrpo(*settings(tiny_qwen2, "run.profile_steps=[1,5]"), install=at)
     assert ended.code == 143
-    assert ended.out.endswith("stopped after step 2, saved; go on with run.dir=run resume=auto\n")
-    assert checkpoints(Path("run")) == ["step-000002"]
+    assert ended.out.endswith(
+        "run.profile_steps=[5]: not profiled, as this run did not make these steps\n"
+        "stopped after step 2, saved; go on with run.dir=run resume=auto\n"
+    )
+    assert (ended.err, checkpoints(Path("run"))) == ("", ["step-000002"])
 
 
 def test_a_second_signal_ends_the_run_at_once(workplace, tiny_qwen2):

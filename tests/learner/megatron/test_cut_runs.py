@@ -15,10 +15,15 @@ from fastgrpo.main import compose, with_shorthands
 from fastgrpo.metrics import read_jsonl
 
 FAILS = str(Path(__file__).with_name("fails.py"))
+PROFILED = ["run.profile_steps=[2]", "run.profile_ranks=[3]"]
 CUTS = {
     "dp=2": (2, [], "2 = tp=1 x pp=1 x 2 data parallel; 8 sequences each"),
     "cp=2": (2, ["learner.cp=2"], "2 = tp=1 x pp=1 x cp=2 x 1 data parallel; 16 sequences each"),
-    "tp=2 pp=2": (4, ["learner.tp=2", "learner.pp=2"], "4 = tp=2 x pp=2 x 1 data parallel; 16 sequences each"),
+    "tp=2 pp=2": (
+        4,
+        ["learner.tp=2", "learner.pp=2", *PROFILED],
+        "4 = tp=2 x pp=2 x 1 data parallel; 16 sequences each",
+    ),
 }
 
 
@@ -121,6 +126,10 @@ def test_a_run_whose_rank_is_killed_ends_by_name_and_goes_on_bit_for_bit(cut, mo
     assert job.returncode == 0, job.stderr[-4000:]
     assert "resuming after step 1 from run/checkpoints/step-000001\n" in job.stdout
     assert rows_of(tmp_path / "run") == rows_of(undisturbed)
+    assert sorted(path.name for path in (undisturbed / "profile").iterdir()) == [
+        "step-000002-rank-3.json.gz",
+        "step-000002-rank-3.txt",
+    ]
     files = [run / "hf/model.safetensors" for run in (tmp_path / "run", undisturbed)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
