@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ class TrainResult:
     metrics: list[dict[str, Any]]
     """The rows of metrics.jsonl, one a step."""
     stopped: bool = False
-    """A signal ended it early: saved, to go on with resume=auto, and without a policy at model_path."""
+    """A signal or train.time_limit_minutes ended it early: saved, to go on with resume=auto, and without a policy at
+    model_path."""
 
     @property
     def model_path(self) -> Path:
@@ -37,7 +39,7 @@ def train(
     overrides: Sequence[str] = (),
     environment: Callable[..., Any] | None = None,
 ) -> TrainResult:
-    """Train a policy; returns when it is done, or when a signal has stopped it.
+    """Train a policy; returns when it is done, or when a signal or train.time_limit_minutes has stopped it.
 
     prompts: texts, or mappings with a column `question` and, if the reward needs it, `answer` and others (or as
         data.prompt_column and data.answer_column name them); None trains on the configured data.
@@ -50,6 +52,7 @@ def train(
     from fastgrpo.main import compose, setting, value_of, with_run_dir, with_shorthands
     from fastgrpo.metrics import read_jsonl
 
+    began = time.monotonic()
     if isinstance(overrides, str):
         raise UserError(f"overrides: {overrides!r:.60} is one text; give a list of KEY=VALUE texts")
     with tempfile.TemporaryDirectory() as directory:
@@ -64,8 +67,8 @@ def train(
             held_out = f"data.eval_size={int(HELD_OUT * len(rows))}"
             arguments = ["data=jsonl", setting("data.path", path), held_out, *answers, *arguments]
         config, text = compose("train", with_run_dir(with_shorthands(arguments)))
-        signum, run_dir = commands.train(config, text, reward, environment)
-    return TrainResult(run_dir=run_dir, metrics=read_jsonl(run_dir / "metrics.jsonl"), stopped=signum is not None)
+        code, run_dir = commands.train(config, text, reward, environment, began=began)
+    return TrainResult(run_dir=run_dir, metrics=read_jsonl(run_dir / "metrics.jsonl"), stopped=code is not None)
 
 
 def _rows(prompts: Sequence[str | Mapping[str, Any]], column: str) -> list[dict[str, Any]]:

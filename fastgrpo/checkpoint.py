@@ -15,6 +15,7 @@ import functools
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ class Checkpoints:
         self.directory, self.keep, self.ranks = run_dir / "checkpoints", keep, ranks or Ranks()
         self._steps = StepDirectories(self.directory)
         self._pending: _Pending | None = None
+        self.longest_s: float | None = None
+        """What the slowest save so far took here until its last file was written; None before the first."""
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -85,6 +88,7 @@ class Checkpoints:
 
         Raises UserError where the disk is full or the directory cannot be written; older checkpoints stay as they are.
         """
+        began, self.longest_s = time.monotonic(), self.longest_s or 0.0
         self.publish(waits=True)
         partial = self._steps.partial(step)
         with self._failing_in_one_line(step, partial):
@@ -98,6 +102,8 @@ class Checkpoints:
             str(path.relative_to(partial)): _in_thread(functools.partial(write_file, path, write))
             for path, write in save.files.items()
         }
+        for file in files.values():
+            file.add_done_callback(lambda _: self._took(time.monotonic() - began))
         self._pending = _Pending(step=step, path=partial, files=files, finish=save.finish)
         if not background:
             wait(files.values())
@@ -148,6 +154,9 @@ class Checkpoints:
         """Forget the future of a run that goes on from an older step, as its metrics do."""
         if self.ranks.is_main:
             self._steps.remove_after(step)
+
+    def _took(self, seconds: float) -> None:
+        self.longest_s = max(self.longest_s or 0.0, seconds)
 
     def _name(self, partial: Path) -> None:
         self._steps.name(partial)

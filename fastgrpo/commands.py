@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastgrpo.config import AlgorithmConfig, Config, UserError
 from fastgrpo.functions.loading import name_of
 from fastgrpo.nodes import num_nodes
+from fastgrpo.time_limit import TimeLimit
 from fastgrpo.validate import validate
 
 if TYPE_CHECKING:
@@ -26,21 +28,30 @@ def train(
     text: str,
     reward: Callable[..., Any] | None = None,
     environment: Callable[..., Any] | None = None,
+    *,
+    began: float | None = None,
 ) -> tuple[int | None, Path]:
-    """Train, export and report. Returns the signal that stopped the run early, or None, and the run's directory.
+    """Train, export and report. Returns the exit code of what stopped the run early, a signal or its time limit, or
+    None, and the run's directory.
 
     text: the resolved configuration as YAML, kept as run.dir/config.yaml. reward, environment: functions in place of
-    their paths. Raises UserError for what the user can mend.
+    their paths. began: when the time that the run may take did, by time.monotonic; None: now. Raises UserError for what
+    the user can mend.
     """
+    limit = TimeLimit(config.train.time_limit_minutes, time.monotonic() if began is None else began)
     if environment is not None:  # named, so that whatever asks whether there is one hears of it
         name = name_of(environment, "environment")
         config = replace(config, environment=replace(config.environment, path=name))
     with _over_nodes():
-        return _train(config, text, reward, environment)
+        return _train(config, text, reward, environment, limit)
 
 
 def _train(
-    config: Config, text: str, reward: Callable[..., Any] | None, environment: Callable[..., Any] | None
+    config: Config,
+    text: str,
+    reward: Callable[..., Any] | None,
+    environment: Callable[..., Any] | None,
+    limit: TimeLimit,
 ) -> tuple[int | None, Path]:
     warnings = validate(config)
     from safetensors import SafetensorError
@@ -64,12 +75,12 @@ def _train(
             if ranks.is_main:
                 _point_latest_to(run_dir, run.console.message)
                 (run_dir / "config.yaml").write_text(text, encoding="utf-8")
-            with StopRequest(run.console.message) as stop:
+            with StopRequest(run.console.message, limit) as stop:
                 trainer.train(run, stop)
-            if stop.signum is None and config.checkpoint.export:
+            if stop.code is None and config.checkpoint.export:
                 run.export(run_dir / "hf")
             if not ranks.is_main:
-                return stop.signum, run_dir
+                return stop.code, run_dir
             if missed := run.profiler.missed():
                 run.console.message(f"run.profile_steps={missed}: not profiled, as this run did not make these steps")
             page = write_report(run_dir)
@@ -78,12 +89,12 @@ def _train(
                 f"run.dir={config.run.dir}: {error}; make room or mend the disk, then go on with resume=auto "
                 "(checkpoints written before are whole)"
             ) from error
-        if stop.signum is None:
+        if stop.code is None:
             policy = f"the policy is in {run_dir / 'hf'}, " if config.checkpoint.export else ""
             run.console.message(f"done: {policy}the report in {page}")
         else:
             run.console.message(f"stopped after step {run.step}, saved; go on with run.dir={run_dir} resume=auto")
-    return stop.signum, run_dir
+    return stop.code, run_dir
 
 
 def evaluate(config: Config) -> dict[str, float]:

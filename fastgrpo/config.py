@@ -322,6 +322,10 @@ class TrainConfig:
     moe_aux_loss_coef: float = 0.0
     """Of the loss that evens out the use of a mixture's experts (docs/parallelism.md); above 0 an update takes one more
     forward pass. Models are often pretrained with 0.001, their config.json's router_aux_loss_coef."""
+    time_limit_minutes: float | None = None
+    """From the command's beginning; null: none. The run ends as after a SIGTERM, saved and with exit code 124, when by
+    the longest step so far another one and its checkpoint might not end in time (docs/parallelism.md). It makes one
+    step in any case."""
     max_nonfinite_updates: int = 3
     """A non-finite loss or gradient skips its update; after this many in a row the run stops and saves the batch."""
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from fastgrpo.config import Config, UserError
 from fastgrpo.data_files import kind_of
 from fastgrpo.nodes import JobError, first_of_node, whoami
 from fastgrpo.signals import noting_ctrl_c
+from fastgrpo.time_limit import TIME_IS_UP
 
 RUNS = Path("runs")
 SPEAK_AFTER_FIRST_S = 5.0
@@ -34,7 +36,8 @@ OPEN_MAPPINGS = (
 
 
 def main() -> None:
-    """The console script. Exit codes: 0 done, 2 a mistake of the user's, 128 + signal where one stopped it."""
+    """The console script. Exit codes: 0 done, 2 a mistake of the user's, 124 where train.time_limit_minutes stopped it,
+    128 + signal where one did."""
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "eval": evaluate,
@@ -75,7 +78,10 @@ def fail(message: str, *, of_job: bool = False) -> NoReturn:
 
 def train(arguments: list[str]) -> int:
     """Train a policy; see `fastgrpo train --help`."""
-    return run_hydra("train", with_run_dir(with_shorthands(arguments)), _train)
+    task = partial(_train, began=time.monotonic())  # all runs of a sweep together have the time of one job
+    code = run_hydra("train", with_run_dir(with_shorthands(arguments)), task)
+    # torchrun takes all but 0 for a failure: it would end the other ranks, start all again where it may, and say 1.
+    return 0 if code == TIME_IS_UP and "TORCHELASTIC_RUN_ID" in os.environ else code
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -135,7 +141,7 @@ def run_hydra(name: str, arguments: list[str], task: Callable[[Any, str], int], 
     def job(composed: Any) -> None:
         nonlocal started
         started = True
-        if any(code > 128 for code in codes):  # a signal that stopped one run of a sweep stops the sweep
+        if any(code >= TIME_IS_UP for code in codes):  # a signal that stopped one run of a sweep stops the sweep
             return
         if schema is Config and HydraConfig.get().mode == RunMode.MULTIRUN and value_of(arguments, "run.dir") is None:
             composed.run.dir = HydraConfig.get().runtime.output_dir
@@ -221,11 +227,11 @@ def hydra_errors_in_one_line(schema: type = Config) -> Iterator[None]:
         raise UserError(explain(error, schema)) from None
 
 
-def _train(config: Config, text: str) -> int:
+def _train(config: Config, text: str, *, began: float) -> int:
     from fastgrpo import commands
 
-    signum, _ = commands.train(config, text)
-    return 128 + signum if signum else 0
+    code, _ = commands.train(config, text, began=began)
+    return code or 0
 
 
 def _evaluate(config: Config, text: str) -> int:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a terminal that is closed end a run after the step they arrive in; a second one at once."""
+"""Ctrl-C, SIGTERM, a terminal that is closed and the time limit end a run after a step; a second signal at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from fastgrpo.time_limit import TIME_IS_UP, TimeLimit
+
 if TYPE_CHECKING:
-    from fastgrpo.ranks import Ranks
+    from fastgrpo.run import Run
 
 
 @contextmanager
@@ -33,11 +35,12 @@ def noting_ctrl_c() -> Iterator[list[int]]:
 
 
 class StopRequest:
-    """A context manager; `signum` is the signal that asked the run to stop, or None."""
+    """A context manager; `code` is the exit code of what asked the run to stop, or None."""
 
-    def __init__(self, notify: Callable[[str], object]) -> None:
-        self.signum: int | None = None
-        self._notify = notify
+    def __init__(self, notify: Callable[[str], object], limit: TimeLimit | None = None) -> None:
+        self.code: int | None = None
+        self._received = False
+        self._notify, self._limit = notify, limit
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -54,14 +57,21 @@ class StopRequest:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
-    def asked(self, ranks: Ranks) -> bool:
-        """Whether to stop, alike on every rank: a signal reaches the processes of a job one after the other."""
-        self.signum = ranks.any_of(self.signum)
-        return self.signum is not None
+    def asked(self, run: Run) -> bool:
+        """Whether to stop, alike on every rank: a signal reaches the processes of a job one after the other, and each
+        has a clock of its own."""
+        if self.code is None and self._limit is not None and self._limit.ends(run):
+            self.code = TIME_IS_UP
+        self.code = run.learner.ranks.any_of(self.code)
+        if self.code == TIME_IS_UP:
+            minutes = run.config.train.time_limit_minutes
+            self._notify(f"train.time_limit_minutes={minutes:g}: another step might not end in time; saving this one")
+        return self.code is not None
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self._received:  # not just `code`, which may be another rank's signal, of which this one's follows
             raise KeyboardInterrupt
-        self.signum = signum
+        self._received = True
+        self.code = self.code or 128 + signum
         name = signal.Signals(signum).name
         self._notify(f"{name}: finishing this step and saving; once more stops at once, without saving")

@@ -29,7 +29,7 @@ def train(run: Run, stop: StopRequest) -> None:
     share(run)
     if run.step == 0:
         record(run, evaluate_if_due(run), last=False)
-    stopping = stop.asked(run.learner.ranks)
+    stopping = stop.asked(run)
     while run.step < config.train.num_steps and not stopping:
         run.step += 1
         with run.profiler.step(run.step):
@@ -42,7 +42,7 @@ def train(run: Run, stop: StopRequest) -> None:
             shown = (s for g in groups[:NUM_SHOWN_GROUPS] for s in samples_of(g, run.task.decode, run.step, "train"))
             run.log_samples(shown)
             # Asked once: the step that ends the loop is the one that is saved.
-            stopping = stop.asked(run.learner.ranks)
+            stopping = stop.asked(run)
             record(run, row, last=run.step == config.train.num_steps or stopping)
 
 
@@ -114,7 +114,9 @@ def refuse_divergence(run: Run, result: StepResult, batches: Sequence[PackedBatc
 def record(run: Run, row: dict[str, float], *, last: bool) -> None:
     """Save and export where it is due and write the step's row, in the order that a kill at any moment survives."""
     config = run.config.checkpoint
-    if last or is_due(run.step, config.every):
+    # Only one that was made tells what the one before the limit will take.
+    unknown = run.config.train.time_limit_minutes is not None and run.checkpoints.longest_s is None
+    if last or is_due(run.step, config.every) or (unknown and run.step > 0):
         save(run, background=config.background and not last)  # the last one has nothing to be written beside
     if is_due(run.step, config.export_every):
         with run.ledger("checkpoint"):

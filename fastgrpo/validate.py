@@ -123,6 +123,7 @@ _ABOVE_ZERO = (
     "eval.top_p",
     "train.max_grad_norm",
     "train.adam_eps",
+    "train.time_limit_minutes",
     "algorithm.importance_cap",
     "algorithm.top_entropy_quantile",
     "model.lora.alpha",

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -101,6 +102,21 @@ def hold_saving(call: int, place: str, until: int) -> None:
     begun = threading.Event()
     before(place, until, begun.set)
     before("torch:save", call, begun.wait)
+
+
+def an_hour_passes_at(place: str, calls: int) -> None:
+    """By the time limit's clock, at each of the function's first calls."""
+    from fastgrpo import time_limit
+
+    passed, monotonic = 0.0, time_limit.time.monotonic
+
+    def pass_an_hour() -> None:
+        nonlocal passed
+        passed += 3600
+
+    time_limit.time = SimpleNamespace(monotonic=lambda: monotonic() + passed)
+    for call in range(1, calls + 1):
+        before(place, call, pass_an_hour)
 
 
 def fail_at(place: str, call: int) -> None:

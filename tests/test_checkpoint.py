@@ -6,10 +6,11 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from fastgrpo import manifest
+from fastgrpo import checkpoint, manifest
 from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config, UserError
 from fastgrpo.learner.protocol import PendingSave
@@ -140,6 +141,22 @@ def test_the_next_save_publishes_the_one_before(tmp_path):
 
     on_ranks(two)
     assert names(tmp_path) == ["step-000003", "step-000004"]
+
+
+def test_what_a_save_takes_is_known_by_its_last_file(tmp_path, monkeypatch):
+    now, held = [100.0], threading.Event()
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.longest_s is None
+    checkpoints.save(3, partial(begin_save, rank=0, held=held), {}, background=True)
+    assert checkpoints.longest_s == 0.0
+    writers = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    now[0] = 107.0
+    held.set()
+    for thread in writers:
+        thread.join(timeout=10)
+    checkpoints.save(4, partial(begin_save, rank=0), {})
+    assert checkpoints.longest_s == 7.0
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -101,6 +101,7 @@ CONFIGURATION = {
         "train.prompts_per_step=4: not divisible by train.num_minibatches=3; change one of them",
     ),
     "negative temperature": ("sampling.temperature=-1", "sampling.temperature=-1.0: use a value of at least 0"),
+    "no time": ("train.time_limit_minutes=0", "train.time_limit_minutes=0.0: use a value above 0"),
     "profile beyond the end": (
         "run.profile_steps=[1,3]",
         "run.profile_steps=3: use steps from 1 to train.num_steps=2",
@@ -597,10 +598,12 @@ def test_multirun_gives_each_run_its_own_directory(call, tiny_qwen2):
 def test_a_sweep_goes_on_in_its_own_directories(call, tiny_qwen2):
     small = [argument for argument in small_run(tiny_qwen2) if "run.dir" not in argument]
     sweep = ("--multirun", "seed=0,1", "hydra.sweep.dir=runs/sweep", "resume=auto")
-    for num_steps in (1, 2):
-        assert call("train", *small, *sweep, f"train.num_steps={num_steps}")[0] == 0
-        for number in (0, 1):
-            assert [row["step"] for row in read_jsonl(f"runs/sweep/{number}/metrics.jsonl")] == [*range(num_steps + 1)]
+    for expected in ([1, None], [2, 1], [2, 2]):  # a step and no more, of a run that is not done, is made in any case
+        code = call("train", *small, *sweep, "train.time_limit_minutes=1e-6")[0]
+        assert code == (0 if expected == [2, 2] else 124)
+        rows = [read_jsonl(f"runs/sweep/{number}/metrics.jsonl") for number in (0, 1)]
+        assert [row[-1]["step"] if row else None for row in rows] == expected
+        assert [Path(f"runs/sweep/{number}/hf").exists() for number in (0, 1)] == [step == 2 for step in expected]
 
 
 def test_multirun_goes_on_after_a_mistake_and_says_it(call, tiny_qwen2):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from builders import small_run
 from processes import (
+    an_hour_passes_at,
     both,
     fail_at,
     fastgrpo,
@@ -204,15 +205,30 @@ def test_a_run_killed_again_and_again_goes_on_bit_by_bit(workplace, tiny_qwen2, 
     assert_same_run(Path("run"), undisturbed)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_says_so(signum, code, workplace, tiny_qwen2, undisturbed):
-    at = partial(signal_at, "fastgrpo.learner.torch_learner:TorchLearner.update", 5, signum)
-    ended = fastgrpo(*settings(tiny_qwen2), install=at)
+UPDATE = "fastgrpo.learner.torch_learner:TorchLearner.update"
+FINISHING = "finishing this step and saving; once more stops at once, without saving"
+# What stops the third step: its exit code, line and settings, and what is saved beside that step and the second.
+STOPS = {
+    "SIGTERM": (partial(signal_at, UPDATE, 5, signal.SIGTERM), 143, f"SIGTERM: {FINISHING}", [], []),
+    "SIGINT": (partial(signal_at, UPDATE, 5, signal.SIGINT), 130, f"SIGINT: {FINISHING}", [], []),
+    "limit": (  # of which the third step's update leaves half an hour
+        partial(an_hour_passes_at, "fastgrpo.trainer:update_policy", 6),
+        124,
+        "train.time_limit_minutes=210: another step might not end in time; saving this one",
+        ["train.time_limit_minutes=210"],
+        ["step-000001"],  # which tells how long it takes
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_what_stops_a_run_finishes_the_step_saves_and_says_so(name, workplace, tiny_qwen2, undisturbed):
+    install, code, line, more, saved = STOPS[name]
+    ended = fastgrpo(*settings(tiny_qwen2, *more), install=install)
     assert (ended.code, ended.err) == (code, "")
-    name = signal.Signals(signum).name
-    assert f"\n{name}: finishing this step and saving; once more stops at once, without saving\n" in ended.out
+    assert f"\n{line}\n" in ended.out
     assert ended.out.endswith("stopped after step 3, saved; go on with run.dir=run resume=auto\n")
-    assert checkpoints(Path("run")) == ["step-000002", "step-000003"]
+    assert checkpoints(Path("run")) == [*saved, "step-000002", "step-000003"]
     assert not Path("run/hf").exists()
     assert Path("run/report.html").exists()
     resume(tiny_qwen2)
