@@ -83,6 +83,8 @@ def test_a_stopped_training_goes_on(workplace, tiny_qwen2):
     result = fastgrpo.train(prompts, reward=length, overrides=[*overrides, "resume=auto"])
     assert not result.stopped
     assert [row["step"] for row in result.metrics] == [0, 1, 2]
+    limited = fastgrpo.train(prompts, length, [*overrides, "run.dir=limited", "train.time_limit_minutes=1e-6"])
+    assert (limited.stopped, limited.metrics[-1]["step"]) == (True, 1)
     whole = fastgrpo.train(prompts, reward=length, overrides=[*overrides, "run.dir=whole"])
     assert (result.model_path / "model.safetensors").read_bytes() == (
         whole.model_path / "model.safetensors"

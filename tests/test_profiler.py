@@ -64,7 +64,7 @@ def test_time_is_told_once_to_the_innermost():
         event("cpu_op", "aten::linear", 900, 100),  # begins as the other ends
         event("cpu_op", "aten::linear", 600, 300, thread=2),
         event("kernel", "gemm", 700, 900),
-        event("gpu_user_annotation", "update", 700, 900),
+        event("gpu_user_annotation", "ProfilerStep#3", 700, 900),
         event("gpu_memcpy", "Memcpy DtoH", 1700, 100),
     ]
     host, gpu = costliest(trace).split("\nGPU")
