@@ -35,10 +35,14 @@ def noting_ctrl_c() -> Iterator[list[int]]:
 
 
 class StopRequest:
-    """A context manager; `code` is the exit code of what asked the run to stop, or None."""
+    """A context manager; `code` is the exit code of what stops the run, on all ranks the same, or None.
+
+    What comes after the last step's `asked` stops nothing any more: the ranks go on to the policy's export together.
+    """
 
     def __init__(self, notify: Callable[[str], object], limit: TimeLimit | None = None) -> None:
         self.code: int | None = None
+        self._mine: int | None = None
         self._received = False
         self._notify, self._limit = notify, limit
         self._previous: dict[int, object] = {}
@@ -60,18 +64,18 @@ class StopRequest:
     def asked(self, run: Run) -> bool:
         """Whether to stop, alike on every rank: a signal reaches the processes of a job one after the other, and each
         has a clock of its own."""
-        if self.code is None and self._limit is not None and self._limit.ends(run):
-            self.code = TIME_IS_UP
-        self.code = run.learner.ranks.any_of(self.code)
+        if self._mine is None and self._limit is not None and self._limit.ends(run):
+            self._mine = TIME_IS_UP
+        self.code = run.learner.ranks.any_of(self._mine)
         if self.code == TIME_IS_UP:
             minutes = run.config.train.time_limit_minutes
             self._notify(f"train.time_limit_minutes={minutes:g}: another step might not end in time; saving this one")
         return self.code is not None
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self._received:  # not just `code`, which may be another rank's signal, of which this one's follows
+        if self._received:
             raise KeyboardInterrupt
         self._received = True
-        self.code = self.code or 128 + signum
+        self._mine = self._mine or 128 + signum
         name = signal.Signals(signum).name
         self._notify(f"{name}: finishing this step and saving; once more stops at once, without saving")

@@ -79,6 +79,13 @@ def test_any_ranks_clock_or_signal_stops_all_and_a_signal_that_follows_is_not_it
             signal.raise_signal(signal.SIGTERM)
 
 
+def test_a_signal_after_the_last_step_parts_no_rank_from_the_others():
+    with StopRequest(print) as stop:
+        assert not stop.asked(run_of(step=100))
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.code is None  # the other ranks, which it has not reached yet, export the policy with this one
+
+
 def test_torchrun_is_not_told_of_a_failure(monkeypatch):
     """It would take any other code for one, and start the job again where it may."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
