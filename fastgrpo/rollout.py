@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,7 +102,8 @@ def draw_until(run: Run, unfinished: Unfinished, wanted: int, fresh: list[Prompt
     number = 0
     while fresh or unfinished.num_complete < wanted:
         go_on(run, unfinished, replace(how, seed=derive_seed(how.seed, "round", number)))
-        unfinished.add(draw(run, fresh, replace(how, seed=derive_seed(how.seed, "begin"))))
+        beginning = replace(how, seed=derive_seed(how.seed, "begin"))
+        unfinished.add(draw(run, fresh, beginning, partial(begin_to_reply, run, unfinished.first_turn)))
         unfinished.reply(replies_to(run, unfinished))
         for prompt, rollout in unfinished.ended():
             begin_to_score(run, how, prompt, rollout)
@@ -145,7 +146,12 @@ def go_on(run: Run, unfinished: Unfinished, how: Drawing) -> None:
     share = run.sampling_ranks.share
 
     def mine(sampler: Sampler) -> list[Rollout]:
-        return unfinished.news(sampler.generate(unfinished.continuations(share), 1, how.params, how.seed), share)
+        going_on = unfinished.continuations(share)
+
+        def ended(i: int, _: int, part: Rollout) -> None:
+            begin_to_reply(run, unfinished.next_turn, going_on[i], part)
+
+        return unfinished.news(sampler.generate(going_on, 1, how.params, how.seed, ended), share)
 
     unfinished.extend(drawn_by_all(run, mine))
 
@@ -153,12 +159,25 @@ def go_on(run: Run, unfinished: Unfinished, how: Drawing) -> None:
 def drawn_by_all(run: Run, mine: Callable[[Sampler], list[T]]) -> list[T]:
     """What every data rank's sampler draws for its share, in the order of all, on every rank."""
     with run.ledger("generate"):  # waiting for the slowest rank is part of generating
-        return dealt_back(run.sampling_ranks.gather([] if run.sampler is None else mine(run.sampler)))
+        parts = run.sampling_ranks.gather([] if run.sampler is None else mine(run.sampler))
+    return dealt_back(parts, range(sum(map(len, parts))))
 
 
-def dealt_back(parts: list[list[T]]) -> list[T]:
-    """In order again, what was dealt to the data ranks by index."""
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+def dealt_back(parts: list[list[T]], places: Iterable[int]) -> list[T]:
+    """In order again, what was dealt to the data ranks by its place."""
+    taken = [iter(part) for part in parts]
+    return [next(taken[place % len(parts)]) for place in places]
+
+
+def begin_to_reply(
+    run: Run, turn_of: Callable[[Prompt, Rollout], tuple[Prompt, Rollout] | None], prompt: Prompt, part: Rollout
+) -> None:
+    """Ask the environment about a turn of this rank's, if that is what has ended, while others are still drawn."""
+    if run.task.environment is None or not run.sampling_ranks.leads:
+        return
+    with suppress(Exception):  # comes again in `replies_to`, where all ranks hear of it
+        if (turn := turn_of(prompt, part)) is not None:
+            run.task.environment.begin(*turn)
 
 
 def replies_to(run: Run, unfinished: Unfinished) -> list[Reply]:
@@ -168,7 +187,7 @@ def replies_to(run: Run, unfinished: Unfinished) -> list[Reply]:
         return []
     with run.ledger("environment"):
         parts = gathered(ranks, lambda: environment.replies(unfinished.turns(ranks.share)) if ranks.leads else [])
-    return dealt_back(parts)
+    return dealt_back(parts, unfinished.turn_places())
 
 
 def begin_to_score(run: Run, how: Drawing, prompt: Prompt, rollout: Rollout) -> None:

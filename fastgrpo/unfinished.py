@@ -44,8 +44,8 @@ class Unfinished:
 
     def add(self, groups: Iterable[RolloutGroup]) -> None:
         """Take in groups that have just begun."""
-        for group in groups:
-            completions = [_Completion() for _ in group.rollouts]
+        for place, group in enumerate(groups):
+            completions = [_Completion(place=place) for _ in group.rollouts]
             for completion, rollout in zip(completions, group.rollouts, strict=True):
                 self._append(completion, rollout)
             self._groups.append(
@@ -71,12 +71,34 @@ class Unfinished:
 
     def extend(self, news: list[Rollout]) -> None:
         """Take in the `news` of all `continuations()`, in their order."""
-        for (_, _, completion), part in zip(self._waiting("draw"), news, strict=True):
+        for place, ((_, _, completion), part) in enumerate(zip(self._waiting("draw"), news, strict=True)):
+            completion.place = place
             self._append(completion, part)
 
     def turns(self, share: slice = EVERYTHING) -> list[tuple[Prompt, Rollout]]:
-        """The completions whose last turn has ended and that the environment has yet to answer."""
-        return [(group.prompt, completion.whole()) for _, group, completion in self._waiting("reply")[share]]
+        """The completions whose last turn has ended and that the environment has yet to answer: a share's are those
+        whose turn ended in that share of a draw."""
+        waiting = ((group.prompt, completion) for _, group, completion in self._waiting("reply"))
+        return [(prompt, c.whole()) for prompt, c in waiting if c.place in range(c.place + 1)[share]]
+
+    def turn_places(self) -> list[int]:
+        """For each of `turns()` its place in the draw that its turn ended in."""
+        return [completion.place for _, _, completion in self._waiting("reply")]
+
+    def first_turn(self, prompt: Prompt, rollout: Rollout) -> tuple[Prompt, Rollout] | None:
+        """What the environment is to answer where a completion begins like this; None where it has no turn."""
+        return self._turn(prompt, _Completion(), rollout)
+
+    def next_turn(self, continuation: Prompt, part: Rollout) -> tuple[Prompt, Rollout] | None:
+        """The same where one of `continuations()` goes on like this, which `extend` has yet to be told."""
+        number, sample, _ = continuation.prompt_id.split("/", 2)
+        group = self._groups[int(number)]
+        completion = group.completions[int(sample)]
+        return self._turn(group.prompt, replace(completion, parts=[*completion.parts]), part)
+
+    def _turn(self, prompt: Prompt, completion: _Completion, part: Rollout) -> tuple[Prompt, Rollout] | None:
+        self._append(completion, part)
+        return (prompt, completion.whole()) if completion.waits_for == "reply" else None
 
     def reply(self, replies: list[Reply]) -> None:
         """Take in an answer to each of `turns()`, in their order."""
@@ -187,6 +209,8 @@ class _Completion:
     parts: list[Rollout] = field(default_factory=list)
     num_tokens: int = 0
     waits_for: Literal["draw", "reply"] | None = None
+    place: int = 0
+    """That of its group, or its own, in the draw that made the last part."""
     was_told: bool = False
     """Whether `ended` has told of its end."""
 

@@ -156,6 +156,37 @@ def test_a_conversation_has_one_name_for_the_environment_and_the_reward(workplac
     assert all(name.startswith("train-") for name in going_on)
 
 
+def test_turns_are_asked_about_while_others_are_drawn(workplace, tiny_qwen2):
+    """In the draw that they end in, and each that is answered."""
+    with assembled(*options_of(tiny_qwen2, "sampler.round_tokens=5")) as run:
+        events, generate, environment = [], run.sampler.generate, run.task.environment
+        begin, replies = environment.begin, environment.replies
+
+        def generating(*args):
+            groups = generate(*args)
+            events.append("drawn")
+            return groups
+
+        def beginning(prompt, rollout):
+            events.append((rollout.conversation_id, len(rollout.token_ids)))
+            begin(prompt, rollout)
+
+        def replying(turns):
+            events.append({(r.conversation_id, len(r.token_ids)) for _, r in turns})
+            return replies(turns)
+
+        run.sampler.generate, environment.begin, environment.replies = generating, beginning, replying
+        run.step = 1
+        collect(run)
+    while events:
+        end = next(i for i, event in enumerate(events) if isinstance(event, set))
+        begun = [event for event in events[:end] if event != "drawn"]
+        assert events[end - 1] == "drawn"
+        assert set(begun) == events[end]
+        assert len(set(begun)) == len(begun)
+        events = events[end + 1 :]
+
+
 def test_what_one_ranks_function_does_wrong_ends_all_ranks_with_its_line():
     class Meeting(Ranks):
         def gather(self, part):

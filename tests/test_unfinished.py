@@ -120,7 +120,16 @@ def test_a_reply_is_read_but_not_learned_from():
     first, second = unfinished.continuations()
     assert (first.token_ids.tolist(), first.max_new_tokens) == ([7, 8, 1, 2, 50, 51], 4)
     assert (second.token_ids.tolist(), second.max_new_tokens) == ([7, 8, 3, 4], 6)
+    ahead = [unfinished.next_turn(first, rollout("q", [5, 6], "stop", 3))]  # while the other is still drawn
+    assert unfinished.next_turn(second, rollout("q", [9], "length", 3)) is None
+    ahead.append(unfinished.next_turn(second, rollout("q", [9], "stop", 3)))
+    assert [(p.prompt_id, r.token_ids.tolist(), r.conversation_id) for p, r in ahead] == [
+        ("q", [1, 2, 50, 51, 5, 6], "train-3-0-7-0"),
+        ("q", [3, 4, 9], "train-3-0-7-1"),
+    ]
+    assert unfinished.turns() == []
     unfinished.extend(unfinished.news([group("a", ([5, 6], "stop"), version=3), group("b", ([9], "stop"), version=3)]))
+    assert unfinished.turn_places() == [0, 1]
     assert [r.token_ids.tolist() for _, r in unfinished.turns(slice(1, None, 2))] == [[3, 4, 9]]
     assert [r.token_ids.tolist() for _, r in unfinished.turns()] == [[1, 2, 50, 51, 5, 6], [3, 4, 9]]
     unfinished.reply([reply(6), reply(3)])  # the environment ends both

@@ -14,6 +14,7 @@ from fastgrpo.conversation import CHECK, Message, conversation, last_turn
 from fastgrpo.environment.contract import OFFERED, normalize, plain
 from fastgrpo.functions.binding import arguments_of
 from fastgrpo.functions.contract import Failure, Unusable, UserFunction
+from fastgrpo.functions.lane import Ticket
 from fastgrpo.functions.loading import describe, load_function
 from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor
 from fastgrpo.types import Prompt, Reply, Rollout
@@ -56,6 +57,8 @@ class Environment:
         self._config, self._function, self._encode = config, function, encode
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._decode_raw = partial(tokenizer.decode, skip_special_tokens=False)
+        self._begun: dict[tuple[str | None, int], tuple[Tensor, Ticket]] = {}
+        """By the turn, which its conversation and its end name: the tokens that it was asked with."""
         limit, by_path = config.timeout_s, [function.key == PATH_KEY]
         self._executor: Executor
         if config.num_workers == 0:
@@ -75,13 +78,25 @@ class Environment:
         """Ends the worker processes, also those in the middle of a call."""
         self._executor.close()
 
+    def begin(self, prompt: Prompt, rollout: Rollout) -> None:
+        """Ask about a turn while others are still drawn; `replies` has the answer. Raises UserError where the function
+        cannot be called."""
+        begun = self._begun.get(_key(rollout))
+        if begun is None or not torch.equal(begun[0], rollout.token_ids):  # else it had to be drawn anew
+            self._begun[_key(rollout)] = rollout.token_ids, self._ask(prompt, self._said(rollout))
+
     def replies(self, turns: list[tuple[Prompt, Rollout]]) -> list[Reply]:
-        """What is said to each completion whose turn has ended, all asked at once.
+        """What is said to each completion whose turn has ended, all that have not begun asked at once.
 
         Raises UserError where the function returns what is no reply, and under environment.on_error=fail where it
         raises or exceeds environment.timeout_s.
         """
-        outcomes = self._call([(prompt, self._said(rollout)) for prompt, rollout in turns])
+        begun, self._begun = self._begun, {}
+        tickets = [
+            begun[_key(rollout)][1] if _key(rollout) in begun else self._ask(prompt, self._said(rollout))
+            for prompt, rollout in turns
+        ]
+        outcomes = [outcome for ticket in tickets for outcome in ticket()]
         return [
             self._reply(prompt, len(rollout.token_ids), int(rollout.token_ids[-1]), outcome)
             for (prompt, rollout), outcome in zip(turns, outcomes, strict=True)
@@ -94,7 +109,7 @@ class Environment:
         said = {"turn": "0", "raw_turn": "0", "conversation": made_up, "num_turns": 1, "conversation_id": CHECK}
         for other in others:
             self._arguments(other, said)
-        (outcome,) = self._call([(prompt, said)])
+        (outcome,) = self._ask(prompt, said)()
         self._reply(prompt, 1, -1, outcome)
 
     def _said(self, rollout: Rollout) -> dict[str, Any]:
@@ -111,12 +126,8 @@ class Environment:
             said["raw_turn"] = self._decode_raw(rollout.token_ids[start:])
         return said
 
-    def _call(self, turns: list[tuple[Prompt, dict[str, Any]]]) -> list[Any]:
-        calls = [self._arguments(prompt, said) for prompt, said in turns]
-        # Async calls all run at once, each worker's share in its event loop; others one by one.
-        share = -(-len(calls) // max(1, self._config.num_workers)) if self._function.is_async else 1
-        tickets = [self._executor.submit(0, calls[i : i + share]) for i in range(0, len(calls), max(1, share))]
-        return [outcome for ticket in tickets for outcome in ticket()]
+    def _ask(self, prompt: Prompt, said: dict[str, Any]) -> Ticket:
+        return self._executor.submit(0, [self._arguments(prompt, said)])
 
     def _arguments(self, prompt: Prompt, said: dict[str, Any]) -> dict[str, Any]:
         row = {"prompt": prompt.text, "answer": prompt.answer, "metadata": dict(prompt.metadata)}
@@ -144,3 +155,7 @@ class Environment:
             mend = "raise the limit" if late else "mend the function"
             raise UserError(f"{where} {what}; {mend} or set environment.on_error=tell")
         return f"Error: timed out after {limit:g} s" if failure.kind == "timeout" else f"Error: {failure.message}"
+
+
+def _key(rollout: Rollout) -> tuple[str | None, int]:
+    return rollout.conversation_id, len(rollout.token_ids)

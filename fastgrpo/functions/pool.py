@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import popen_spawn_posix, spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, Protocol
@@ -20,23 +22,24 @@ from pebble import ProcessExpired, ProcessPool
 from fastgrpo.config import UserError
 from fastgrpo.functions.calls import Outcome, run_calls
 from fastgrpo.functions.contract import Failure, UserFunction
+from fastgrpo.functions.lane import POLL_S, Begun, Lane, Ticket, each_of
 from fastgrpo.functions.worker import Shipment, answer, initialize
 
 GRACE_S = 1.0
 """Async calls are given up on by their own event loop; this much later the loop itself counts as stuck."""
 
-POLL_S = 1.0
 MAX_RESTARTS = 3
-
-Ticket = Callable[[], list[Outcome]]
-"""Waits for a batch of calls."""
 
 
 class Executor(Protocol):
     """Runs calls of the functions it was made with."""
 
     def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
-        """Starts the calls of function number `index`; they share one fate where it exceeds its limit."""
+        """Starts the calls of function number `index`; they share one fate where it exceeds its limit.
+
+        Those of an async function are made all at once, and with them whatever else is submitted for it while all
+        workers are busy (lane.py).
+        """
 
     def close(self) -> None:
         """Ends everything that was started."""
@@ -50,6 +53,11 @@ class ProcessExecutor:
         self._shipments = [_ship(f, path) for f, path in zip(functions, by_path, strict=True)]
         self._num_workers = num_workers
         self._timeout_s = timeout_s
+        self._lanes = {
+            index: Lane(partial(self._begin, index), limit=num_workers)
+            for index, function in enumerate(functions)
+            if function.is_async
+        }
         self._start()
 
     def _start(self) -> None:
@@ -68,18 +76,23 @@ class ProcessExecutor:
         started.result()
 
     def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
-        first = self._schedule(index, calls)
+        if index in self._lanes:
+            return self._lanes[index].submit(calls)
+        return partial(each_of, self._begin(index, calls), len(calls))
 
-        def wait() -> list[Outcome]:
-            pool, future = first
+    def _begin(self, index: int, calls: list[dict[str, Any]]) -> Begun:
+        pool, future = self._schedule(index, calls)
+
+        def wait() -> list[Outcome] | Failure:
+            nonlocal pool, future
             for _ in range(MAX_RESTARTS):
                 try:
-                    return _outcomes(pool, future, len(calls))
+                    return _outcomes(pool, future)
                 except BrokenProcessPool:  # the calls were still in the queue: making them again repeats nothing
                     pool, future = self._schedule(index, calls)
-            return [Failure("error", "the worker processes keep being killed from outside")] * len(calls)
+            return Failure("error", "the worker processes keep being killed from outside")
 
-        return wait
+        return Begun(future=future, is_over=lambda: future.done() or not pool.active, wait=wait)
 
     def _schedule(self, index: int, calls: list[dict[str, Any]]) -> tuple[ProcessPool, Future]:
         function = self._functions[index]
@@ -106,7 +119,7 @@ def _start_and_stay(pool: ProcessPool, started: Future, closed: threading.Event)
     closed.wait()
 
 
-def _outcomes(pool: ProcessPool, future: Future, num_calls: int) -> list[Outcome]:
+def _outcomes(pool: ProcessPool, future: Future) -> list[Outcome] | Failure:
     """Waits. Raises BrokenProcessPool where the pool ended before it made the calls."""
     while True:
         try:
@@ -114,13 +127,13 @@ def _outcomes(pool: ProcessPool, future: Future, num_calls: int) -> list[Outcome
         except FutureTimeoutError:  # this wait's, or the call's
             if future.done():
                 if isinstance(future.exception(), FutureTimeoutError):
-                    return [Failure("timeout", "")] * num_calls
+                    return Failure("timeout", "")
             elif not pool.active:  # calls that it had not sent yet would never be answered
                 raise BrokenProcessPool from None
         except ProcessExpired as error:
             with suppress(ProcessLookupError):  # it had started nothing
                 os.killpg(error.pid, signal.SIGKILL)
-            return [Failure("error", f"the worker process died with exit code {error.exitcode}")] * num_calls
+            return Failure("error", f"the worker process died with exit code {error.exitcode}")
 
 
 def _ship(function: UserFunction, by_path: bool) -> Shipment:
@@ -144,12 +157,28 @@ class ThreadExecutor:
     def __init__(self, functions: Sequence[UserFunction], *, timeout_s: float):
         self._functions = functions
         self._timeout_s = timeout_s
+        self._lanes = {
+            index: Lane(partial(self._begin, index), limit=1)
+            for index, function in enumerate(functions)
+            if function.is_async
+        }
 
     def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
-        if self._functions[index].is_async:
-            future = self._start(index, calls)
-            return lambda: self._wait(future, calls, self._timeout_s + GRACE_S)
-        return lambda: self._wait(self._start(index, calls), calls, self._timeout_s)
+        if index in self._lanes:
+            return self._lanes[index].submit(calls)
+        return lambda: each_of(self._begin(index, calls), len(calls))
+
+    def _begin(self, index: int, calls: list[dict[str, Any]]) -> Begun:
+        future = self._start(index, calls)
+        end = time.monotonic() + self._timeout_s + (GRACE_S if self._functions[index].is_async else 0.0)
+
+        def wait() -> list[Outcome] | Failure:
+            try:
+                return future.result(max(0.0, end - time.monotonic()))
+            except FutureTimeoutError:
+                return Failure("timeout", "")
+
+        return Begun(future=future, is_over=lambda: future.done() or time.monotonic() >= end, wait=wait)
 
     def _start(self, index: int, calls: list[dict[str, Any]]) -> Future:
         function, future = self._functions[index], Future[list[Outcome]]()
@@ -160,12 +189,6 @@ class ThreadExecutor:
 
         threading.Thread(target=run, daemon=True, name=f"function-{function.path}").start()
         return future
-
-    def _wait(self, future: Future, calls: list[dict[str, Any]], timeout_s: float) -> list[Outcome]:
-        try:
-            return future.result(timeout_s)
-        except FutureTimeoutError:
-            return [Failure("timeout", "")] * len(calls)
 
     def close(self) -> None:
         """Nothing to end: the threads are daemons."""

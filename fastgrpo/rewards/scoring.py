@@ -13,8 +13,9 @@ from torch import Tensor
 from fastgrpo.config import RewardConfig, UserError
 from fastgrpo.conversation import CHECK, conversation, last_turn, parts_of
 from fastgrpo.functions.contract import Failure, Unusable
+from fastgrpo.functions.lane import Ticket
 from fastgrpo.functions.loading import name_of
-from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor, Ticket
+from fastgrpo.functions.pool import Executor, ProcessExecutor, ThreadExecutor
 from fastgrpo.rewards.binding import Sample, bind, joined
 from fastgrpo.rewards.contract import RewardFunction, StepRewards
 from fastgrpo.rewards.loading import describe_reward, load_reward
@@ -99,13 +100,16 @@ class Rewards:
     def begin(self, prompt: Prompt, rollout: Rollout, group_size: int, decode: Callable[[Tensor], str]) -> None:
         """Starts on one of a group's completions while others are still drawn; `score` collects what comes of it.
 
-        A plain function of one completion is called at once, another when group_size siblings have begun. What begins
-        again takes the place of what began before. Raises UserError where a function cannot be called.
+        A plain function of one completion is called at once, another when group_size siblings have begun. One that
+        begins again with other tokens takes the place of what began before. Raises UserError where a function cannot be
+        called.
         """
         assert rollout.conversation_id is not None
         drawing, number, place = parts_of(rollout.conversation_id)
         calls = self._begun.setdefault((drawing, number), _Calls())
-        self._call(calls, place, _sample(prompt, rollout, decode), group_size)
+        begun = calls.samples.get(place)
+        if begun is None or begun.token_ids != [rollout.token_ids.tolist()]:  # else it had to be drawn anew
+            self._call(calls, place, _sample(prompt, rollout, decode), group_size)
 
     def score(self, groups: list[RolloutGroup], decode: Callable[[Tensor], str]) -> ScoreResult:
         """Calls the functions on all groups at once, but for what has begun, and sums their values by weight.
@@ -147,7 +151,7 @@ class Rewards:
 
     def _call(self, calls: _Calls, place: int, sample: Sample, group_size: int) -> None:
         """Makes the calls that one more completion makes possible: those of functions that take one alone, and with
-        the last completion the others. Async functions are of these: a worker runs one batch of calls at a time."""
+        the last completion the others. Async functions are of these: a group's calls run at once."""
         samples = calls.samples | {place: sample}
         for index, function in enumerate(self._functions):
             if not (function.per_group or function.is_async):

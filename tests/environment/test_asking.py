@@ -146,6 +146,40 @@ def test_replies_come_in_the_order_of_the_turns():
     assert ask(respond) == []
 
 
+NOTING = """
+from pathlib import Path
+def respond(turn):
+    with open(Path(__file__).with_name("calls"), "a") as file:
+        file.write(turn)
+    return turn.upper()
+async def respond_later(turn):
+    return respond(turn)
+"""
+
+
+@pytest.mark.parametrize(("function", "at_once"), [("respond", "abxy"), ("respond_later", "ab")])
+def test_a_turn_that_has_begun_is_asked_about_at_once_and_not_again(function, at_once, tmp_path):
+    (tmp_path / "tools.py").write_text(NOTING)
+    calls = tmp_path / "calls"
+    calls.touch()
+    named = {
+        text: (prompt, replace(rollout, conversation_id="train-1-0-0-0"))
+        for text in ("ab", "xy")
+        for prompt, rollout in [said(text)]
+    }
+    with opened(EnvironmentConfig(path=f"{tmp_path / 'tools.py'}:{function}", num_workers=1)) as environment:
+        for text in ("ab", "ab", "xy"):  # again, and in other words: drawn anew after an engine had failed
+            environment.begin(*named[text])
+        deadline = time.monotonic() + 20
+        while calls.read_text() != at_once and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert calls.read_text() == at_once
+        replies = environment.replies([named["xy"], said("c")])
+        assert [reply.messages[0]["content"] for reply in replies] == ["XY", "C"]
+        assert calls.read_text() == "abxyc"
+        assert [r.messages[0]["content"] for r in environment.replies([named["xy"]])] == ["XY"]  # another round's
+
+
 def test_async_functions_run_all_at_once_in_all_workers():
     async def respond(turn):
         import asyncio

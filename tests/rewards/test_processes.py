@@ -67,7 +67,7 @@ def test_what_has_begun_runs_at_once_and_is_collected(kind, group, decode, rewar
     called = (tmp_path / "calls").read_text
     first, second = group(list("abc")), group(list("de"), number=1)
     with Rewards(RewardConfig(path=reward_file(NOTES + KINDS[kind]), num_workers=1)) as rewards:
-        for place in (2, 0):
+        for place in (2, 0, 2):  # once more: drawn anew, the same
             rewards.begin(first.prompt, first.rollouts[place], 3, decode)
         if kind == "one":
             assert wait_until(lambda: called() == "ca")
