@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,6 +18,7 @@ from uuid import uuid4
 from fastgrpo.config import Config
 from fastgrpo.data import PromptSets
 from fastgrpo.data_files import shown
+from fastgrpo.functions.loading import source_of
 from fastgrpo.nodes import JobError, first_of_node, num_nodes, whoami
 from fastgrpo.ranks import Ranks
 from fastgrpo.types import Prompt
@@ -96,6 +98,20 @@ def check_prompts(config: Config, prompts: PromptSets, ranks: Ranks) -> None:
     _compare("data.path", shown(config.data.path), lambda: _digest_of_prompts([*prompts.train, *prompts.eval]), ranks)
 
 
+def check_functions(config: Config, ranks: Ranks) -> None:
+    """Raise UserError, on all ranks, where a node has another file for a function that the configuration names. What
+    that file imports is not compared. The functions must have been loaded."""
+    paths = {
+        "reward.path": config.reward.path,
+        **{f"reward.extra.{name}.path": term.path for name, term in config.reward.extra.items()},
+        "environment.path": config.environment.path,
+        "algorithm.surrogate": config.algorithm.surrogate,
+        "algorithm.advantage": config.algorithm.advantage,
+    }
+    for key, path in paths.items():
+        _compare(key, path or "null", partial(_digest_of_source, path or ""), ranks)
+
+
 def _compare(key: str, value: str, digest: Callable[[], str], ranks: Ranks) -> None:
     if num_nodes() == 1:
         return
@@ -115,6 +131,12 @@ def _digest_of_files(directory: Path) -> str:
                 file.seek(begin)
                 digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
+
+
+def _digest_of_source(path: str) -> str:
+    """Of the file that holds the function; of nothing where there is none, as for __main__ in a notebook."""
+    file = source_of(path)
+    return hashlib.sha256(b"" if file is None else file.read_bytes()).hexdigest()
 
 
 def _digest_of_prompts(prompts: list[Prompt]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastgrpo.agreement import check_functions
 from fastgrpo.batch_algebra import batch_algebra
 from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Config, UserError
@@ -101,6 +102,7 @@ def assemble(
         if only_evaluates and config.resume != "no" and checkpoint is None:
             raise UserError(f"resume={config.resume}: no checkpoint in {run_dir} to measure; give a run's directory")
         task = stack.enter_context(load_task(config, ranks, reward, environment, needs_eval_prompts=only_evaluates))
+        check_functions(config, ranks)
         prompts = task.prompts
         learner, model, adapters = make_learner(config, task.tokenizer, prompts, ranks, console.message)
         stream = PromptStream(prompts.train, seed=config.seed, shuffle=config.data.shuffle)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fastgrpo import agreement, lookout, main, network, warm_start
-from fastgrpo.config import Config, DataConfig, RunConfig, TrainConfig, UserError
+from fastgrpo.config import Config, DataConfig, EnvironmentConfig, RewardConfig, RunConfig, TrainConfig, UserError
 from fastgrpo.data import PromptSets
 from fastgrpo.lookout import failing_together
 from fastgrpo.nodes import JobError
@@ -392,6 +392,22 @@ def test_other_prompts_are_refused(both, other):
     )
     assert lines == [line] * 2
     assert both(*[partial(agreement.check_prompts, config, prompts("5"))] * 2) == [None, None]
+
+
+def test_another_file_of_a_function_is_refused(both, tmp_path):
+    for name, text in (("a", "1"), ("b", "2"), ("c", "1")):
+        (tmp_path / f"{name}.py").write_text(f"def score(completion): return {text}\n")
+    of = {
+        name: partial(agreement.check_functions, Config(reward=RewardConfig(path=f"{tmp_path / name}.py:score")))
+        for name in "abc"
+    }
+    ready_made = partial(agreement.check_functions, Config(environment=EnvironmentConfig(path="textwrap:dedent")))
+    nothing = partial(agreement.check_functions, Config())
+    assert both(of["a"], of["c"]) == both(nothing, nothing) == both(ready_made, ready_made) == [None, None]
+    found = f"reward.path={tmp_path / 'b'}.py:score: what rank 1 on w1 finds there is not what rank 0 finds"
+    assert both(of["a"], of["b"]) == [f"{found}; give all nodes the same"] * 2
+    found = "environment.path=null: what rank 1 on w1 finds there is not what rank 0 finds"
+    assert both(ready_made, nothing) == [f"{found}; give all nodes the same"] * 2
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "generation_config.json", "adapter_config.json"])

@@ -33,7 +33,7 @@ class CustomAdvantage:
 
     def check(self, prompt: Prompt, reward_names: Sequence[str], group_size: int) -> None:
         """Calls it with made-up rewards of a real prompt, different ones and equal ones, so that a broken function ends
-        the run before it starts."""
+        the run before it starts, and twice, because each rank calls it for itself."""
         rollout = Rollout(
             prompt_id=prompt.prompt_id,
             token_ids=torch.zeros(2, dtype=torch.int64),
@@ -45,7 +45,13 @@ class CustomAdvantage:
         group = RolloutGroup(prompt=prompt, rollouts=(rollout,) * group_size)
         different = torch.arange(group_size, dtype=torch.float32) / group_size
         for rewards in (different, torch.zeros(group_size)):
-            self([ScoredGroup(group=group, rewards=rewards, reward_terms=dict.fromkeys(reward_names, rewards))])
+            made_up = [ScoredGroup(group=group, rewards=rewards, reward_terms=dict.fromkeys(reward_names, rewards))]
+            (first,), (again,) = self(made_up), self(made_up)
+            if not all(map(torch.equal, _parts(first), _parts(again))):
+                raise UserError(
+                    f"{self._function.where} depends on chance or on earlier calls; make it a function of what it is "
+                    "given, because ranks must find the same"
+                )
 
     def _of(self, group: ScoredGroup, batch_rewards: Tensor) -> Tensor | tuple[Tensor, ...]:
         """(G,) float32, or a (R_i,) a completion."""
@@ -63,6 +69,12 @@ class CustomAdvantage:
         }
         where = f"{self._function.where} on prompt {prompt.prompt_id}"
         return _read(self._function(given), lengths, where)
+
+
+def _parts(group: ScoredGroup) -> tuple[Tensor, ...]:
+    advantages = group.advantages
+    assert advantages is not None
+    return (advantages,) if isinstance(advantages, Tensor) else advantages
 
 
 def _read(result: Any, lengths: list[int], where: str) -> Tensor | tuple[Tensor, ...]:

@@ -35,6 +35,13 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
     return function
 
 
+def source_of(path: str) -> Path | None:
+    """The file of a function that has been loaded by this path, or None."""
+    place = path.rpartition(":")[0]
+    file = place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None)
+    return Path(file).expanduser() if file else None
+
+
 def _import_file(place: str, path: str, key: str) -> ModuleType:
     file = Path(place).expanduser().resolve()
     if not file.is_file():

@@ -98,6 +98,7 @@ def test_advantages_of_ones_own():
         ("nothing", "on prompt train/0 returned a NoneType; return one number a completion"),
         ("without_care_for_equal_ones", "on prompt train/0 returned an advantage that is not finite"),
         ("not_finite", "on prompt train/0 returned an advantage that is not finite"),
+        ("shaken", "depends on chance or on earlier calls; make it a function of what it is given"),
     ],
 )
 def test_advantages_that_are_none_are_refused(name, message):
