@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,6 +23,8 @@ from fastgrpo.types import Prompt, Reply, Rollout, RolloutGroup, SamplingParams,
 from fastgrpo.unfinished import Unfinished
 
 T = TypeVar("T")
+PACE_S = 0.1
+"""Between two looks at what has ended while others are still drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ def draw_whole(run: Run, prompts: list[Prompt], how: Drawing) -> list[RolloutGro
     """The prompts' groups, in their order, every conversation with the environment at its end."""
     begin(run)
     if run.task.environment is None:
-        return draw(run, prompts, how, partial(begin_to_score, run, how))
+        return draw(run, prompts, how, Paced(partial(begin_to_score, run, how)))
     unfinished = Unfinished(how.params.max_new_tokens, run.config.environment.max_turns)
     return draw_until(run, unfinished, len(prompts), prompts, how)
 
@@ -103,7 +106,7 @@ def draw_until(run: Run, unfinished: Unfinished, wanted: int, fresh: list[Prompt
     while fresh or unfinished.num_complete < wanted:
         go_on(run, unfinished, replace(how, seed=derive_seed(how.seed, "round", number)))
         beginning = replace(how, seed=derive_seed(how.seed, "begin"))
-        unfinished.add(draw(run, fresh, beginning, partial(begin_to_reply, run, unfinished.first_turn)))
+        unfinished.add(draw(run, fresh, beginning, Paced(partial(begin_to_reply, run, unfinished.first_turn))))
         unfinished.reply(replies_to(run, unfinished))
         for prompt, rollout in unfinished.ended():
             begin_to_score(run, how, prompt, rollout)
@@ -147,11 +150,9 @@ def go_on(run: Run, unfinished: Unfinished, how: Drawing) -> None:
 
     def mine(sampler: Sampler) -> list[Rollout]:
         going_on = unfinished.continuations(share)
-
-        def ended(i: int, _: int, part: Rollout) -> None:
-            begin_to_reply(run, unfinished.next_turn, going_on[i], part)
-
-        return unfinished.news(sampler.generate(going_on, 1, how.params, how.seed, ended), share)
+        on_end = Paced(partial(begin_to_reply, run, unfinished.next_turn))
+        more = sampler.generate(going_on, 1, how.params, how.seed, lambda i, _, part: on_end(going_on[i], part))
+        return unfinished.news(more, share)
 
     unfinished.extend(drawn_by_all(run, mine))
 
@@ -167,6 +168,24 @@ def dealt_back(parts: list[list[T]], places: Iterable[int]) -> list[T]:
     """In order again, what was dealt to the data ranks by its place."""
     taken = [iter(part) for part in parts]
     return [next(taken[place % len(parts)]) for place in places]
+
+
+class Paced:
+    """Tells of completions as they end, but of several at a time: a worker that wakes up for each would take the
+    sampler's threads off their cores again and again. What has not been told by the end is nobody's loss."""
+
+    def __init__(self, tell: Callable[[Prompt, Rollout], object]) -> None:
+        self._tell, self._waiting = tell, list[tuple[Prompt, Rollout]]()
+        self._told_at = time.monotonic()
+
+    def __call__(self, prompt: Prompt, rollout: Rollout) -> None:
+        self._waiting.append((prompt, rollout))
+        if time.monotonic() - self._told_at < PACE_S:
+            return
+        waiting, self._waiting = self._waiting, []
+        for ended in waiting:
+            self._tell(*ended)
+        self._told_at = time.monotonic()
 
 
 def begin_to_reply(

@@ -23,7 +23,7 @@ from fastgrpo.metrics import read_jsonl
 from fastgrpo.minibatch import make_minibatch
 from fastgrpo.parcel import pack
 from fastgrpo.ranks import Ranks
-from fastgrpo.rollout import Drawing, collect, draw_whole, replies_to, score
+from fastgrpo.rollout import PACE_S, Drawing, Paced, collect, draw_whole, replies_to, score
 from fastgrpo.samplers import make_sampler
 from fastgrpo.trainer import compute_advantages
 from fastgrpo.unfinished import Unfinished
@@ -156,8 +156,9 @@ def test_a_conversation_has_one_name_for_the_environment_and_the_reward(workplac
     assert all(name.startswith("train-") for name in going_on)
 
 
-def test_turns_are_asked_about_while_others_are_drawn(workplace, tiny_qwen2):
+def test_turns_are_asked_about_while_others_are_drawn(workplace, tiny_qwen2, monkeypatch):
     """In the draw that they end in, and each that is answered."""
+    monkeypatch.setattr("fastgrpo.rollout.PACE_S", 0.0)
     with assembled(*options_of(tiny_qwen2, "sampler.round_tokens=5")) as run:
         events, generate, environment = [], run.sampler.generate, run.task.environment
         begin, replies = environment.begin, environment.replies
@@ -185,6 +186,16 @@ def test_turns_are_asked_about_while_others_are_drawn(workplace, tiny_qwen2):
         assert set(begun) == events[end]
         assert len(set(begun)) == len(begun)
         events = events[end + 1 :]
+
+
+def test_completions_are_told_of_several_at_a_time(monkeypatch):
+    clock, told, seen = [0.0], [], []
+    monkeypatch.setattr("fastgrpo.rollout.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    paced = Paced(lambda prompt, rollout: told.append(rollout))
+    for clock[0] in (0.2 * PACE_S, PACE_S, 1.2 * PACE_S, 1.4 * PACE_S, 3 * PACE_S, 3.5 * PACE_S):
+        paced("prompt", len(seen))
+        seen.append(len(told))
+    assert (told, seen) == ([0, 1, 2, 3, 4], [0, 2, 2, 2, 5, 5])
 
 
 def test_what_one_ranks_function_does_wrong_ends_all_ranks_with_its_line():

@@ -167,8 +167,9 @@ def test_the_sampler_draws_from_the_newest_weights(workplace, tiny_qwen2):
 
 
 @pytest.mark.parametrize("more", [(), ("sampler.oversample=0.5", "sampler.round_tokens=2")], ids=["whole", "rounds"])
-def test_completions_are_scored_while_others_are_drawn(workplace, tiny_qwen2, more):
+def test_completions_are_scored_while_others_are_drawn(workplace, tiny_qwen2, more, monkeypatch):
     """All are begun before the last draw ends, or the round after the one that they ended in; and none twice."""
+    monkeypatch.setattr("fastgrpo.rollout.PACE_S", 0.0)
     with assembled(*small_run(tiny_qwen2, *more)) as run:
         events, submitted = [], []
         generate, begin, submit = run.sampler.generate, run.task.rewards.begin, run.task.rewards._executor.submit
