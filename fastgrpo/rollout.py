@@ -89,7 +89,7 @@ def draw_whole(run: Run, prompts: list[Prompt], how: Drawing) -> list[RolloutGro
     """The prompts' groups, in their order, every conversation with the environment at its end."""
     begin(run)
     if run.task.environment is None:
-        return draw(run, prompts, how, Paced(partial(begin_to_score, run, how)))
+        return draw(run, prompts, how, Paced(partial(begin_to_score, run, how.num_samples)))
     unfinished = Unfinished(how.params.max_new_tokens, run.config.environment.max_turns)
     return draw_until(run, unfinished, len(prompts), prompts, how)
 
@@ -108,8 +108,8 @@ def draw_until(run: Run, unfinished: Unfinished, wanted: int, fresh: list[Prompt
         beginning = replace(how, seed=derive_seed(how.seed, "begin"))
         unfinished.add(draw(run, fresh, beginning, Paced(partial(begin_to_reply, run, unfinished.first_turn))))
         unfinished.reply(replies_to(run, unfinished))
-        for prompt, rollout in unfinished.ended():
-            begin_to_score(run, how, prompt, rollout)
+        for prompt, rollout, group_size in unfinished.ended():
+            begin_to_score(run, group_size, prompt, rollout)
         fresh, number = [], number + 1
     return unfinished.take(wanted)
 
@@ -209,11 +209,11 @@ def replies_to(run: Run, unfinished: Unfinished) -> list[Reply]:
     return dealt_back(parts, unfinished.turn_places())
 
 
-def begin_to_score(run: Run, how: Drawing, prompt: Prompt, rollout: Rollout) -> None:
+def begin_to_score(run: Run, group_size: int, prompt: Prompt, rollout: Rollout) -> None:
     """Have the reward functions look at a completion of this rank's groups while others are still drawn."""
     if run.sampling_ranks.leads and scores_here(run, rollout):
         with suppress(Exception):  # comes again in `score`, where all ranks hear of it
-            run.task.rewards.begin(prompt, rollout, how.num_samples, run.task.decode)
+            run.task.rewards.begin(prompt, rollout, group_size, run.task.decode)
 
 
 def scores_here(run: Run, rollout: Rollout) -> bool:

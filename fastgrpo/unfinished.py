@@ -110,12 +110,13 @@ class Unfinished:
                 completion.parts[-1] = replace(last, replies=(*last.replies, reply))
                 completion.waits_for = None
 
-    def ended(self) -> list[tuple[Prompt, Rollout]]:
-        """The completions that have come to their end since this was asked last."""
-        ended = [(g.prompt, c) for g in self._groups for c in g.completions if c.waits_for is None and not c.was_told]
+    def ended(self) -> list[tuple[Prompt, Rollout, int]]:
+        """The completions that have come to their end since this was asked last, and how many their groups have: a run
+        that goes on may have set another size since."""
+        ended = [(g, c) for g in self._groups for c in g.completions if c.waits_for is None and not c.was_told]
         for _, completion in ended:
             completion.was_told = True
-        return [(prompt, completion.whole()) for prompt, completion in ended]
+        return [(group.prompt, completion.whole(), len(group.completions)) for group, completion in ended]
 
     def take(self, wanted: int) -> list[RolloutGroup]:
         """Remove and return the `wanted` oldest complete groups."""

@@ -4,6 +4,7 @@ import json
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -335,6 +336,10 @@ def test_a_run_that_oversamples_resumes_bit_by_bit(workplace, tiny_qwen2):
     trained([*options, "run.dir=other"])
     _, again = trained([*options, "run.dir=other", "resume=other/checkpoints/step-000002"])
     assert without_clock(whole) == without_clock(again)
+    sizes = ["reward.path=sizes.py:score", "run.dir=other", "resume=other/checkpoints/step-000003"]
+    Path("sizes.py").write_text("def score(completions):\n    return [len(completions)] * len(completions)\n")
+    _, smaller = trained([*options, *sizes, "algorithm.group_size=2", "algorithm.advantage=mean"])
+    assert 2 < smaller[-1]["reward/mean"] < 4  # of groups that were begun with four, and of new ones
 
 
 def test_without_oversampling_nothing_is_in_flight(workplace, tiny_qwen2):
