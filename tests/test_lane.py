@@ -2,8 +2,10 @@
 
 from concurrent.futures import Future
 
+import pytest
+
 from fastgrpo.functions.contract import Failure
-from fastgrpo.functions.lane import Begun, Lane
+from fastgrpo.functions.lane import AT_ONCE, Begun, Lane
 
 
 class Workers:
@@ -57,3 +59,39 @@ def test_those_beside_one_that_took_its_worker_down_are_asked_again():
     workers.finish(5)
     died = Failure("error", "died")
     assert [ticket() for ticket in [*tickets, late]] == [["A"], ["B"], [died, died], ["D"], ["E"]]
+
+
+def test_a_batch_is_of_no_more_calls_than_may_run_at_once():
+    workers = Workers()
+    lane = Lane(workers.begin, limit=1)
+    for size in (1, AT_ONCE - 1, 1, 1, AT_ONCE + 1, 1):
+        submit(lane, *"a" * size)
+    for number in range(4):
+        workers.finish(number)
+        lane._go_on()
+    assert [len(batch) for batch in workers.batches] == [1, 1, AT_ONCE + 1, 1]
+
+
+@pytest.mark.parametrize("place", ["begin", "wait"])
+def test_what_raises_once_loses_no_calls(place):
+    """Whoever submits may have swallowed it, and then waits for what came before."""
+    workers, broken = Workers(), []
+
+    def fail_at(here):
+        if here in broken:
+            raise OSError(broken.pop())
+
+    def begin(calls):
+        fail_at("begin")
+        begun = workers.begin(calls)
+        return Begun(future=begun.future, is_over=begun.is_over, wait=lambda: fail_at("wait") or begun.wait())
+
+    lane = Lane(begin, limit=1)
+    tickets = [submit(lane, "a"), submit(lane, "b")]
+    workers.finish(0)
+    broken.append(place)
+    with pytest.raises(OSError, match=place):
+        submit(lane, "c")
+    lane._go_on()
+    workers.finish(1)
+    assert [ticket() for ticket in tickets] == [["A"], ["B"]]

@@ -18,13 +18,17 @@ Outcome = Any
 
 def run_calls(
     function: Callable[..., Any], calls: list[dict[str, Any]], *, is_async: bool, read: Read, timeout_s: float
-) -> list[Outcome]:
-    """Calls the function with each set of keyword arguments: one after the other, or all at once if it is async.
+) -> list[Outcome] | Failure:
+    """Calls the function with each set of keyword arguments: one after the other, or all at once if it is async, where
+    one that ends the event loop leaves no outcome at all.
 
     Only the async calls are held to timeout_s here; who runs this holds the others to it.
     """
     if is_async:
-        return asyncio.run(_run_together(function, calls, read, timeout_s))
+        try:
+            return asyncio.run(_run_together(function, calls, read, timeout_s))
+        except BaseException as error:
+            return failure_of(error)
     return [_run_one(function, arguments, read) for arguments in calls]
 
 

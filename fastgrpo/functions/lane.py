@@ -1,7 +1,7 @@
 """Calls of an async function on their way to the workers, each of which makes all calls of a batch at once.
 
-A worker answers one batch at a time. So what is submitted while all of them are busy makes up the next batch, and where
-calls come one by one, thousands of them still take few batches: nobody's calls stand in line behind each other's.
+A worker answers one batch at a time. So what is submitted while all of them are busy makes up the next batches, and
+where calls come one by one, thousands of them still take few: hardly anybody's calls stand in line behind each other's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from fastgrpo.functions.calls import Outcome
 from fastgrpo.functions.contract import Failure
 
 POLL_S = 1.0
+
+AT_ONCE = 256
+"""Calls of a batch: all run down their time limits together, on one processor, and each may hold a connection."""
 
 Ticket = Callable[[], list[Outcome]]
 """Waits for the calls."""
@@ -63,16 +67,18 @@ class Lane:
 
     def _go_on(self) -> None:
         """Take in what is over, and hand out what waits."""
-        over = [batch for batch in self._running if batch[0].is_over()]
-        self._running = [batch for batch in self._running if batch not in over]
-        for begun, items in over:
-            self._take_in(begun, items)
-        while len(self._running) < self._limit and (self._alone or self._waiting):
-            if self._alone:
-                items = [self._alone.pop(0)]
-            else:
-                items, self._waiting = self._waiting, []
+        for batch in [batch for batch in self._running if batch[0].is_over()]:
+            self._take_in(*batch)
+            self._running.remove(batch)  # only now: what raises is to raise again where it is waited for
+        while len(self._running) < self._limit and (queue := self._alone or self._waiting):
+            items = self._alone[:1] or self._next()
             self._running.append((self._begin([call for item in items for call in item.calls]), items))
+            del queue[: len(items)]
+
+    def _next(self) -> list[_Item]:
+        """As many of those that wait as may run at once, or a single one that is larger."""
+        sizes = accumulate(len(item.calls) for item in self._waiting)
+        return [item for item, size in zip(self._waiting, sizes, strict=True) if size <= AT_ONCE] or self._waiting[:1]
 
     def _take_in(self, begun: Begun, items: list[_Item]) -> None:
         outcomes = begun.wait()

@@ -181,7 +181,7 @@ class ThreadExecutor:
         return Begun(future=future, is_over=lambda: future.done() or time.monotonic() >= end, wait=wait)
 
     def _start(self, index: int, calls: list[dict[str, Any]]) -> Future:
-        function, future = self._functions[index], Future[list[Outcome]]()
+        function, future = self._functions[index], Future[list[Outcome] | Failure]()
 
         def run() -> None:
             how = {"is_async": function.is_async, "read": function.read, "timeout_s": self._timeout_s}

@@ -39,7 +39,9 @@ def initialize(parent_pid: int, shipments: list[Shipment]) -> None:
     _functions[:] = [_receive(shipment) for shipment in shipments]
 
 
-def answer(index: int, calls: list[dict[str, Any]], *, is_async: bool, read: Read, timeout_s: float) -> list[Outcome]:
+def answer(
+    index: int, calls: list[dict[str, Any]], *, is_async: bool, read: Read, timeout_s: float
+) -> list[Outcome] | Failure:
     """Makes the calls of function number `index`."""
     function = _functions[index]
     if isinstance(function, Failure):

@@ -40,6 +40,14 @@ async def score(completion):
         time.sleep(60)
     return 1
 """
+STOPS_THE_LOOP = """
+import asyncio
+async def score(completion):
+    if completion == "bad":
+        asyncio.get_running_loop().stop()
+    await asyncio.sleep(0.1)
+    return 1
+"""
 DIES = """
 import os
 def score(completion):
@@ -126,11 +134,14 @@ def test_zero_and_drop_touch_only_what_failed(group, decode, reward_file, source
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_async_function_that_blocks_its_loop_takes_its_group_along(group, decode, reward_file, num_workers):
-    with rewards(reward_file(BLOCKS_THE_LOOP), num_workers=num_workers, on_error="zero") as scorer:
+@pytest.mark.parametrize(("source", "kind"), [(BLOCKS_THE_LOOP, "timeout"), (STOPS_THE_LOOP, "error")])
+def test_an_async_function_that_holds_up_its_loop_takes_its_group_along(
+    group, decode, reward_file, num_workers, source, kind
+):
+    with rewards(reward_file(source), num_workers=num_workers, on_error="zero") as scorer:
         result = scorer.score(groups(group), decode)
     assert [scored.rewards.tolist() for scored in result.groups] == [[0, 0, 0], [1, 1, 1]]
-    assert result.metrics["reward/timeout_count"] == 3
+    assert result.metrics[f"reward/{kind}_count"] == 3
 
 
 def test_a_failing_group_call_zeroes_or_drops_the_group(group, decode, reward_file):
