@@ -69,7 +69,7 @@ def test_a_batch_is_of_no_more_calls_than_may_run_at_once():
     for number in range(4):
         workers.finish(number)
         lane._go_on()
-    assert [len(batch) for batch in workers.batches] == [1, 1, AT_ONCE + 1, 1]
+    assert [len(batch) for batch in workers.batches] == [1, AT_ONCE, 1, AT_ONCE + 1, 1]
 
 
 @pytest.mark.parametrize("place", ["begin", "wait"])

@@ -81,8 +81,7 @@ class Environment:
     def begin(self, prompt: Prompt, rollout: Rollout) -> None:
         """Ask about a turn while others are still drawn; `replies` has the answer. Raises UserError where the function
         cannot be called."""
-        begun = self._begun.get(_key(rollout))
-        if begun is None or not torch.equal(begun[0], rollout.token_ids):  # else it had to be drawn anew
+        if self._asked_about(rollout) is None:  # else it had to be drawn anew
             self._begun[_key(rollout)] = rollout.token_ids, self._ask(prompt, self._said(rollout))
 
     def replies(self, turns: list[tuple[Prompt, Rollout]]) -> list[Reply]:
@@ -91,11 +90,8 @@ class Environment:
         Raises UserError where the function returns what is no reply, and under environment.on_error=fail where it
         raises or exceeds environment.timeout_s.
         """
-        begun, self._begun = self._begun, {}
-        tickets = [
-            begun[_key(rollout)][1] if _key(rollout) in begun else self._ask(prompt, self._said(rollout))
-            for prompt, rollout in turns
-        ]
+        tickets = [self._asked_about(rollout) or self._ask(prompt, self._said(rollout)) for prompt, rollout in turns]
+        self._begun.clear()
         outcomes = [outcome for ticket in tickets for outcome in ticket()]
         return [
             self._reply(prompt, len(rollout.token_ids), int(rollout.token_ids[-1]), outcome)
@@ -125,6 +121,10 @@ class Environment:
             start = rollout.replies[-1].end if rollout.replies else 0
             said["raw_turn"] = self._decode_raw(rollout.token_ids[start:])
         return said
+
+    def _asked_about(self, rollout: Rollout) -> Ticket | None:
+        token_ids, ticket = self._begun.get(_key(rollout), (None, None))
+        return ticket if token_ids is not None and torch.equal(token_ids, rollout.token_ids) else None
 
     def _ask(self, prompt: Prompt, said: dict[str, Any]) -> Ticket:
         return self._executor.submit(0, [self._arguments(prompt, said)])
