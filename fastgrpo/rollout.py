@@ -106,7 +106,7 @@ def draw_until(run: Run, unfinished: Unfinished, wanted: int, fresh: list[Prompt
     while fresh or unfinished.num_complete < wanted:
         go_on(run, unfinished, replace(how, seed=derive_seed(how.seed, "round", number)))
         beginning = replace(how, seed=derive_seed(how.seed, "begin"))
-        unfinished.add(draw(run, fresh, beginning, Paced(partial(begin_to_reply, run, unfinished.first_turn))))
+        unfinished.add(draw(run, fresh, beginning, asking(run, unfinished.first_turn)))
         unfinished.reply(replies_to(run, unfinished))
         for prompt, rollout, group_size in unfinished.ended():
             begin_to_score(run, group_size, prompt, rollout)
@@ -150,9 +150,9 @@ def go_on(run: Run, unfinished: Unfinished, how: Drawing) -> None:
 
     def mine(sampler: Sampler) -> list[Rollout]:
         going_on = unfinished.continuations(share)
-        on_end = Paced(partial(begin_to_reply, run, unfinished.next_turn))
-        more = sampler.generate(going_on, 1, how.params, how.seed, lambda i, _, part: on_end(going_on[i], part))
-        return unfinished.news(more, share)
+        ask = asking(run, unfinished.next_turn)
+        tell: OnEnd | None = None if ask is None else (lambda i, _, part: ask(going_on[i], part))
+        return unfinished.news(sampler.generate(going_on, 1, how.params, how.seed, tell), share)
 
     unfinished.extend(drawn_by_all(run, mine))
 
@@ -188,15 +188,18 @@ class Paced:
         self._told_at = time.monotonic()
 
 
-def begin_to_reply(
-    run: Run, turn_of: Callable[[Prompt, Rollout], tuple[Prompt, Rollout] | None], prompt: Prompt, part: Rollout
-) -> None:
-    """Ask the environment about a turn of this rank's, if that is what has ended, while others are still drawn."""
-    if run.task.environment is None or not run.sampling_ranks.leads:
-        return
-    with suppress(Exception):  # comes again in `replies_to`, where all ranks hear of it
-        if (turn := turn_of(prompt, part)) is not None:
-            run.task.environment.begin(*turn)
+def asking(run: Run, turn_of: Callable[[Prompt, Rollout], tuple[Prompt, Rollout] | None]) -> Paced | None:
+    """What asks the environment about turns as they end, while others are still drawn; None where nobody is asked."""
+    environment = run.task.environment
+    if environment is None or not run.sampling_ranks.leads:
+        return None
+
+    def ask(prompt: Prompt, part: Rollout) -> None:
+        with suppress(Exception):  # comes again in `replies_to`, where all ranks hear of it
+            if (turn := turn_of(prompt, part)) is not None:
+                environment.begin(*turn)
+
+    return Paced(ask)
 
 
 def replies_to(run: Run, unfinished: Unfinished) -> list[Reply]:

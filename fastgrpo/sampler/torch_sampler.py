@@ -115,6 +115,7 @@ class TorchSampler:
             record.start([len(prompt.token_ids) for prompt in prompts], num_rows, limit)
         logits = decoder.logits(last_hidden).repeat_interleave(num_samples, 0)  # (R, V)
         rows = torch.arange(num_rows, device=device)  # which completions are in flight
+        num_going = num_rows
         for position in range(limit):
             forbidden = stops if position < params.min_new_tokens and len(stops) else None
             drawn, drawn_logprobs = draw(logits, uniforms[rows, position], params, forbidden)
@@ -124,12 +125,12 @@ class TorchSampler:
             lengths[rows[ends]] = position + 1
             stopped[rows] |= ends
             going = ~stopped[rows] & (position + 1 < limits[rows])
-            if on_end is not None:
+            num_before, num_going = num_going, int(going.sum())
+            if on_end is not None and num_going < num_before:
                 for row in rows[in_flight & ~going].tolist():
                     has_stopped, length = bool(stopped[row]), int(lengths[row])
                     prompt_id = prompts[row // num_samples].prompt_id
                     on_end(row, self._rollout(prompt_id, tokens[row, :length], logprobs[row, :length], has_stopped))
-            num_going = int(going.sum())
             if num_going == 0:
                 break
             if len(rows) - num_going >= DROP_SHARE * len(rows):
