@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -45,6 +45,13 @@ class Executor(Protocol):
         """Ends everything that was started."""
 
 
+def _lanes(
+    functions: Sequence[UserFunction], begin: Callable[[int, list[dict[str, Any]]], Begun], *, limit: int
+) -> dict[int, Lane]:
+    """One for each async function, by its number."""
+    return {i: Lane(partial(begin, i), limit=limit) for i, function in enumerate(functions) if function.is_async}
+
+
 class ProcessExecutor:
     """`num_workers` processes; one that exceeds the limit is killed, with all it started, and replaced."""
 
@@ -53,11 +60,7 @@ class ProcessExecutor:
         self._shipments = [_ship(f, path) for f, path in zip(functions, by_path, strict=True)]
         self._num_workers = num_workers
         self._timeout_s = timeout_s
-        self._lanes = {
-            index: Lane(partial(self._begin, index), limit=num_workers)
-            for index, function in enumerate(functions)
-            if function.is_async
-        }
+        self._lanes = _lanes(functions, self._begin, limit=num_workers)
         self._start()
 
     def _start(self) -> None:
@@ -157,11 +160,7 @@ class ThreadExecutor:
     def __init__(self, functions: Sequence[UserFunction], *, timeout_s: float):
         self._functions = functions
         self._timeout_s = timeout_s
-        self._lanes = {
-            index: Lane(partial(self._begin, index), limit=1)
-            for index, function in enumerate(functions)
-            if function.is_async
-        }
+        self._lanes = _lanes(functions, self._begin, limit=1)
 
     def submit(self, index: int, calls: list[dict[str, Any]]) -> Ticket:
         if index in self._lanes:
