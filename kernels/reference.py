@@ -4,7 +4,7 @@ These functions are the specification, the float64 oracle of the tests and of `f
 fallback nobody has to read twice. They hold whole logits and let autograd differentiate; the kernels do not.
 float64 in gives float64 throughout; anything narrower is computed in float32.
 
-Letters: T scored tokens, S sequences, H hidden size, V vocabulary.
+Letters: T scored tokens, S sequences, H hidden size, V vocabulary; A query and C key/value heads, D size of a head.
 """
 
 from __future__ import annotations
@@ -202,6 +202,47 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *, scal
     k, v = (_wide(x).repeat_interleave(heads_each, 1) for x in (k, v))  # (T, A, D)
     scores = torch.einsum("iad,jad->aij", _wide(q), k) * scale
     return torch.einsum("aij,jad->iad", scores.masked_fill(~sees, -torch.inf).softmax(-1), v)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis: x (..., D), weight (D,)."""
+    x = _wide(x)
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * _wide(weight)
+
+
+def add_norm(stream: Tensor, change: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """stream + change (..., D), and its rms_norm."""
+    total = _wide(stream) + _wide(change)
+    return total, rms_norm(total, weight, epsilon)
+
+
+def rotary(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    weight: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of qkv (T, A + 2C, D); the first two rotated by cos and sin (T, 1, D).
+
+    weight: (A + C, D), by which they are normalised over D before, or None.
+    """
+    q, k, v = _wide(qkv).split([num_heads, num_kv_heads, num_kv_heads], 1)
+    qk = torch.cat([q, k], 1)
+    if weight is not None:
+        qk = rms_norm(qk, weight, epsilon)
+    first, second = qk.chunk(2, -1)
+    qk = qk * _wide(cos) + torch.cat([-second, first], -1) * _wide(sin)
+    return *qk.split([num_heads, num_kv_heads], 1), v
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up: (..., I) twice -> (..., I)."""
+    gate = _wide(gate)
+    return gate * torch.sigmoid(gate) * _wide(up)
 
 
 def check_targets(targets: Tensor, scored: Tensor, vocab_size: int) -> None:

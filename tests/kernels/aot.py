@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ from fastgrpo.kernels import (
     logprobs,
     merge_attention,
     policy_kernels,
+    rms_norm,
+    rotary,
     scale_gradient,
+    swiglu,
 )
 from fastgrpo.kernels.linear_logprobs import linear_logprobs
 from fastgrpo.kernels.linear_policy_loss import linear_policy_loss
@@ -52,6 +56,12 @@ KERNELS = {
     "group": group_advantages._group_kernel,
     "merge": merge_attention.merge_kernel,
     "scale": scale_gradient.scale_kernel,
+    "norm": rms_norm.norm_kernel,
+    "norm_backward": rms_norm.norm_backward_kernel,
+    "rotary": rotary.rotary_kernel,
+    "rotary_backward": rotary.rotary_backward_kernel,
+    "swiglu": swiglu.swiglu_kernel,
+    "swiglu_backward": swiglu.swiglu_backward_kernel,
 }
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -120,6 +130,30 @@ def merge_of(head_size: int) -> None:
     merge_attention.merge_in_place(out, lse, part, part_lse, backend="triton")
 
 
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True)
+
+
+def norm_of(size: int, num_rows: int = 2) -> None:
+    rms_norm.rms_norm(leaf(num_rows, size), leaf(size), 1e-6, backend="triton").sum().backward()
+
+
+def add_norm_of(size: int, num_rows: int = 2) -> None:
+    rows = leaf(num_rows, size)
+    sum(x.sum() for x in rms_norm.add_norm(rows, rows, leaf(size), 1e-6, backend="triton")).backward()
+
+
+def rotary_of(head_size: int, normed: bool, num_rows: int = 2) -> None:
+    angles = torch.zeros(num_rows, 1, head_size, dtype=torch.bfloat16)
+    norm = {"weight": leaf(24, head_size), "epsilon": 1e-6} if normed else {}
+    turned = rotary.rotary(leaf(num_rows, 32, head_size), angles, angles, 16, 8, **norm, backend="triton")
+    sum(x.sum() for x in turned).backward()
+
+
+def swiglu_of(size: int, num_rows: int = 2) -> None:
+    swiglu.swiglu(leaf(num_rows, 2 * size), backend="triton").sum().backward()
+
+
 OWN = CustomSurrogate(name="mine", function=lambda x: (x.ratio, {}))
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "policy_loss bf16, clip on-policy": lambda: from_logits(torch.bfloat16, Objective(), rich=False),
@@ -142,6 +176,12 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     ),
     "merge bf16, heads of 128": lambda: merge_of(128),
     "merge bf16, heads of 80": lambda: merge_of(80),
+    **{f"rms_norm bf16, rows of {size}": partial(norm_of, size) for size in (1024, 2048, 5120)},
+    **{f"add_norm bf16, rows of {size}": partial(add_norm_of, size) for size in (1024, 2048, 5120)},
+    "rotary bf16, heads of 128": lambda: rotary_of(128, normed=False),
+    "rotary bf16, normed heads of 128": lambda: rotary_of(128, normed=True),
+    "rotary bf16, heads of 64": lambda: rotary_of(64, normed=False),
+    "swiglu bf16": lambda: swiglu_of(6144),
 }
 
 
@@ -248,6 +288,10 @@ def variants_by_call(capability: int = 90) -> list[int]:
         out, lse = torch.zeros(num_tokens, 4, 64, dtype=torch.bfloat16), torch.zeros(4, num_tokens)
         merge_attention.merge_in_place(out, lse, out, lse, backend="triton")
         scale_gradient.scale_in_place(logits.detach(), lse.sum(), backend="triton")
+        norm_of(2048, num_tokens)
+        add_norm_of(2048, num_tokens)
+        rotary_of(128, normed=True, num_rows=num_tokens)
+        swiglu_of(6144, num_tokens)
         counts.append(len(compiled(capability)))
     return counts
 

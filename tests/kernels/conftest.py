@@ -32,7 +32,7 @@ def _round_like_the_hardware(monkeypatch):
 
     def rounding(data, source, target, mode):
         if source == tl.float32 and target == tl.bfloat16:
-            return _to_nearest_bfloat16(data).reshape(-1)
+            return _to_nearest_bfloat16(data).reshape(data.shape)
         return convert(data, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounding)

@@ -63,6 +63,13 @@ def test_row_kernels_load_16_bytes_at_a_time(measured):
             assert row["walk_instructions"] > 0 == row["split_lines"], name
 
 
+def test_the_decoder_layers_kernels_load_and_store_16_bytes_at_a_time(measured):
+    for name, row in measured["kernels"].items():
+        scenario, kernel, _ = name.split(" / ")
+        if kernel.removesuffix("_backward") in ("norm", "rotary", "swiglu"):
+            assert min(row["vector_loads"], row["vector_stores"]) >= 2, scenario
+
+
 def test_resources_are_no_worse_than_the_committed_table(measured, committed):
     if measured["triton"] != committed["triton"]:
         pytest.skip(f"the table is of Triton {committed['triton']}")
