@@ -141,7 +141,7 @@ def test_recomputing_and_pipelines_change_the_activations():
     assert recomputed.activations < 0.7 * plain.activations
     full = ("learner=megatron", "learner.tp=2", "learner.activation_checkpoint=full")
     whole, cut = (plan_of(*full, f"learner.sp={on}", num_ranks=2).activations for on in ("false", "true"))
-    assert whole - cut == 16384 * (2 * 32 + 2 * 32 + (2 * 32 + 4))  # 2 layers' inputs, and in one norms and products
+    assert whole - cut == 16384 * (2 * 32 + 2 * 32 + 2 * 32)  # 2 layers' inputs, and in one norms and products
     staged = plan_of("learner=megatron", "learner.pp=2")
     assert staged.activations == plan_of("learner=megatron").activations  # half the layers, two micro-batches in flight
 
@@ -176,9 +176,8 @@ def test_what_router_replay_holds_is_counted():
 
 def test_context_parallel_ranks_hold_the_keys_and_values_of_all_rows():
     plain, cut = (plan_of("learner=megatron", f"learner.cp={cp}", model=make_model("llama").config) for cp in (1, 4))
-    keys, fused = 2 * 8, (4 + 2 * 2) * 8  # a head's size times heads
-    expected = 2 * (4096 * 2) * (2 * 4 * keys - keys - fused)
-    assert cut.activations - plain.activations // 4 == expected
+    keys = 2 * 8  # heads times their size
+    assert cut.activations - plain.activations // 4 == 2 * (4096 * 2) * 2 * (4 * keys - keys)
 
 
 def test_what_sampler_and_learner_cannot_share_is_counted():

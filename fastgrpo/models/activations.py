@@ -27,7 +27,7 @@ class Kept:
     """Bytes of an element."""
     megatron: bool = False
     on_gpu: bool = False
-    """There a Megatron layer's norm is one kernel, which keeps what ours do; on a CPU it keeps float32 tensors."""
+    """There norms keep no float32 a row, and no product keeps what it has no gradient for."""
     tp: int = 1
     sp: bool = False
     cp: int = 1
@@ -51,11 +51,8 @@ class Kept:
         return not self.rank or not set(matrices).isdisjoint(self.targets)
 
     def _norm(self, width: int, num_rows: int = 1) -> int:
-        """A norm's input and a float32 a row. On a CPU Megatron's keeps the input in float32, and for the weight's
-        gradient what it multiplies."""
-        if self.megatron and not self.on_gpu:
-            return WIDE * width * (1 if self.rank else 2) + WIDE * num_rows
-        return self.size * width + WIDE * num_rows
+        """A norm's input, and on a CPU a float32 a row (kernels/rms_norm.py)."""
+        return self.size * width + WIDE * num_rows * (not self.on_gpu)
 
     @property
     def _norms(self) -> int:
@@ -89,23 +86,16 @@ class Kept:
 
     @property
     def _attention(self) -> int:
-        """Of the fused q/k/v, a rotated copy and the output; of Megatron's the fused one itself, for v is a part of it.
-        Under context parallelism the keys and values of all ranks' rows."""
+        """Queries, keys, values and the output; where queries and keys are normed, what they were before, and the
+        values as a part of that. Under context parallelism the keys and values of all ranks' rows."""
         shape = self.shape
         heads, kv = shape.num_heads, max(shape.num_kv_heads, self.tp)
-        fused, normed = heads + 2 * kv, heads + kv
-        kept = fused + heads
-        if self.megatron:
-            kept = fused + 2 * heads + kv
-            if self.cp > 1:
-                kept = 2 * heads + 2 * kv * self.cp + fused * (shape.qk_norm and self.on_gpu)
+        kept = 2 * heads + 2 * kv * self.cp
         num_bytes = kept * shape.head_size * self.size + WIDE * heads
         if shape.qk_norm:
-            width = normed * shape.head_size
-            is_kept_already = self.megatron and (self.on_gpu or self.size == WIDE)  # as a part of the fused one
-            num_bytes += self._norm(width, normed) - self.size * width * is_kept_already
-        rotary = 4 * shape.head_size * self.size if self.megatron else 0  # cosine and sine of queries and of keys
-        return num_bytes // self.tp + rotary
+            num_bytes += self._norm((heads + kv) * shape.head_size, heads + kv)
+            num_bytes += self.size * kv * shape.head_size * (self.cp > 1)
+        return num_bytes // self.tp
 
     @property
     def _feed_forward(self) -> int:

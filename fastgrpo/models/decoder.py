@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgrpo.kernels.cpu_linear import CpuLinear, can_pack, linear, pack
-from fastgrpo.models.layers import add_norm, join, rms_norm, rotary, swiglu
+from fastgrpo.kernels.rms_norm import add_norm, rms_norm
+from fastgrpo.kernels.rotary import rotary
+from fastgrpo.kernels.swiglu import swiglu
+from fastgrpo.models.storage import join
 
 CausalLM: TypeAlias = Any
 """A transformers model with .model, .lm_head, .config and .device, which its stubs do not tell."""
@@ -59,13 +62,17 @@ class Layer:
         self.qkv = project([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = project([attention.o_proj])
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.qk_norm = None
+        self.qk_norm: dict[str, Any] = {}
         if hasattr(attention, "q_norm"):
             norms = ((attention.q_norm, self.num_heads), (attention.k_norm, self.num_kv_heads))
-            self.qk_norm = torch.cat([norm.weight.expand(heads, -1) for norm, heads in norms])  # (A + C, D)
+            self.qk_norm["weight"] = torch.cat([norm.weight.expand(heads, -1) for norm, heads in norms])  # (A + C, D)
+            self.qk_norm["epsilon"] = attention.q_norm.variance_epsilon
         self.is_swiglu = hasattr(mlp, "gate_proj") and config.hidden_act == "silu"
-        if self.is_swiglu:  # apart, because passes over the halves of a joint output cost more than a second product
-            self.gate, self.up, self.down = (project([x]) for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        if self.is_swiglu:
+            # One product on a GPU; on a CPU passes over the halves of its output cost more than a second one.
+            on_gpu = mlp.gate_proj.weight.device.type == "cuda"
+            inner = [[mlp.gate_proj, mlp.up_proj]] if on_gpu else [[mlp.gate_proj], [mlp.up_proj]]
+            self.gate_and_up, self.down = [project(parts) for parts in inner], project([mlp.down_proj])
 
     def __call__(
         self, stream: Tensor, change: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
@@ -75,17 +82,12 @@ class Layer:
         stream, x = _add_norm(stream, self._attention(x, cos, sin, attend), self.module.post_attention_layernorm)
         if not self.is_swiglu:
             return stream, self.module.mlp(x[None])[0]
-        return stream, self.down(swiglu(self.gate(x), self.up(x)))
+        return stream, self.down(swiglu(*[product(x) for product in self.gate_and_up]))
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         attention = self.module.self_attn
         qkv = self.qkv(x).unflatten(-1, (-1, attention.head_dim))  # (T, A + 2C, D)
-        num_rotated = self.num_heads + self.num_kv_heads
-        if self.qk_norm is not None:
-            qk, v = qkv.split([num_rotated, self.num_kv_heads], 1)
-            qkv = torch.cat([rms_norm(qk, self.qk_norm, attention.q_norm.variance_epsilon), v], 1)
-        qkv = rotary(qkv, cos, sin, num_rotated)
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+        q, k, v = rotary(qkv, cos, sin, self.num_heads, self.num_kv_heads, **self.qk_norm)
         return self.out(attend(attention.layer_idx, q, k, v, attention.scaling).flatten(1))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastgrpo.types import WeightSlice
 
@@ -101,3 +102,23 @@ def as_saved(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield f"{stem}.experts.{number}.down_proj.weight", expert
     else:
         yield name, tensor
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, whole: Tensor, *parts: Tensor) -> Tensor:
+        ctx.sizes = [len(part) for part in parts]
+        return whole.view_as(whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return None, *grad.split(ctx.sizes)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one under the other; nothing is copied where they lie so in memory, and the gradient goes to them."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = fused(parts)
+    return torch.cat(tuple(parts)) if whole is None else _Join.apply(whole, *parts)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from builders import CONFIGS, make_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fastgrpo.models.hf import prepare
-from fastgrpo.models.storage import fused, lay_out, weight_slices
+from fastgrpo.models.storage import fused, join, lay_out, weight_slices
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -76,3 +77,32 @@ def test_slices_name_every_parameter_once(tied):
     assert (embedding.full_shape, embedding.num_padding_rows) == ((61, 32), 3)
     padding = embedding.tensor.as_strided((3, 32), (32, 1), embedding.tensor.storage_offset() + 61 * 32)
     assert not padding.any()
+
+
+class Projections(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(2, 3), nn.Linear(3, 2)
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(3, 4), nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("laid_out", [True, False])
+def test_join_is_the_concatenation_and_copies_nothing_that_lies_so(laid_out):
+    module = Projections()
+    if laid_out:
+        lay_out(module)
+    parts = [module.q_proj.weight, module.k_proj.weight, module.v_proj.weight]
+    whole = join(parts)
+    assert torch.equal(whole, torch.cat(parts))
+    assert (whole.data_ptr() == parts[0].data_ptr()) == laid_out
+    grad = torch.randn_like(whole)
+    whole.backward(grad)
+    assert torch.equal(torch.cat([part.grad for part in parts]), grad)
+    parts[1].requires_grad_(False)
+    assert join(parts).requires_grad

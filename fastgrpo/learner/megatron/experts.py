@@ -19,10 +19,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from fastgrpo.kernels.swiglu import swiglu
 from fastgrpo.learner.expert_balance import ExpertBalance, refuse_without_experts
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.models.experts import choice_dtype
-from fastgrpo.models.layers import swiglu
 
 WEIGHT_BYTES = 4
 
@@ -146,6 +146,6 @@ class Experts(nn.Module):
         if self.clears_empty:
             gate_up, down = (_ZeroWhereEmpty.apply(weights, sizes) for weights in (gate_up, down))
         ends = sizes.cumsum(0).int()
-        gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        out = F.grouped_mm(swiglu(gate, up), down.transpose(1, 2), offs=ends)
+        inner = swiglu(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))  # (N, F)
+        out = F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
         return (out * weights[:, None]).to(rows.dtype), None

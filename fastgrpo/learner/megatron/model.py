@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -28,12 +27,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from fastgrpo.kernels.rms_norm import rms_norm
+from fastgrpo.kernels.rotary import rotary
 from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
+from fastgrpo.kernels.swiglu import swiglu
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.experts import Experts, Router
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.megatron.transformer_config import transformer_config
-from fastgrpo.models.layers import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -49,7 +50,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 @dataclass
@@ -79,22 +80,31 @@ class SegmentAttention(nn.Module):
 
 
 class FusedSelfAttention(SelfAttention):
-    """SelfAttention whose projection is stored as a rank's [Q; K; V], as vLLM stores it; Megatron interleaves the
-    three by key/value head. With more ranks than key/value heads it is Megatron's own (weight_map.qkv_rows)."""
+    """SelfAttention whose projection is stored as a rank's [Q; K; V], as vLLM stores it (Megatron interleaves the three
+    by key/value head), and whose queries and keys are normalised and rotated in one pass. With more ranks than
+    key/value heads the projection and the norms are Megatron's own (weight_map.qkv_rows)."""
 
-    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
-        """(T, 1, H) -> queries (T, 1, A, D), keys and values (T, 1, C, D), the norms of queries and keys applied."""
+    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple:
+        """rotary_pos_emb: (2, T, 1, D), cosine and sine. Megatron hands what it takes for another sequence's states on
+        to where the queries and keys are made, and rotates nothing itself."""
+        return super().forward(hidden_states, *args, key_value_states=rotary_pos_emb, rotary_pos_emb=None, **kwargs)
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, key_value_states: Tensor, **kwargs: Any) -> tuple:
+        """(T, 1, H), and (2, T, 1, D) to rotate by -> queries (T, 1, A, D), keys and values (T, 1, C, D)."""
+        cos, sin = key_value_states
+        normed: dict[str, Any] = {}
         if self.config.num_query_groups < self.world_size:
-            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-        fused, _ = self.linear_qkv(hidden_states)
-        heads = (self.num_attention_heads_per_partition, *[self.num_query_groups_per_partition] * 2)
-        sizes = [count * self.hidden_size_per_attention_head for count in heads]
-        query, key, value = (
-            part.unflatten(-1, (count, -1)) for part, count in zip(fused.split(sizes, dim=-1), heads, strict=True)
-        )
-        query = query if self.q_layernorm is None else self.q_layernorm(query)
-        key = key if self.k_layernorm is None else self.k_layernorm(key)
-        return query, key, value
+            parts = super().get_query_key_value_tensors(hidden_states, **kwargs)
+            heads, kv_heads = parts[0].shape[2], 1
+            qkv = torch.cat(parts, dim=2)[:, 0]
+        else:
+            heads, kv_heads = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+            qkv = self.linear_qkv(hidden_states)[0][:, 0].unflatten(-1, (heads + 2 * kv_heads, -1))  # (T, A + 2C, D)
+            if self.q_layernorm is not None:
+                norms = ((self.q_layernorm, heads), (self.k_layernorm, kv_heads))
+                normed["weight"] = torch.cat([norm.weight.expand(count, -1) for norm, count in norms])  # (A + C, D)
+                normed["epsilon"] = self.config.layernorm_epsilon
+        return tuple(x[:, None] for x in rotary(qkv, cos, sin, heads, kv_heads, **normed))
 
 
 class FeedForward(MLP):
@@ -106,7 +116,7 @@ class FeedForward(MLP):
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(*gate_up.chunk(2, dim=-1)))
+        return self.linear_fc2(swiglu(gate_up))
 
 
 class HiddenStatesModel(GPTModel):
@@ -128,13 +138,14 @@ class HiddenStatesModel(GPTModel):
         self.register_buffer("inv_freq", inv_freq.to(_device()), persistent=False)
 
     def _preprocess(self, *, position_ids: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
-        """Megatron's, with each row rotated by its own position: a completion's go on from its prompt's end.
+        """Megatron's, with each row's own position to rotate by: a completion's go on from its prompt's end.
 
         What stands for a padding mask (experts.for_routers) is left whole for every stage.
         """
         embedded, _, *rest, _ = super()._preprocess(position_ids=position_ids, **kwargs)
-        angles = position_ids[0, :, None].float() * self.inv_freq  # (T, D)
-        return embedded, angles[:, None, None, :], *rest, padding_mask
+        angles = position_ids[0, :, None, None].float() * self.inv_freq  # (T, 1, D)
+        rotation = torch.stack([angles.cos(), angles.sin()]).to(self.config.params_dtype)
+        return embedded, rotation, *rest, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states

@@ -28,19 +28,22 @@ def run_job(num_processes: int, directory: Path) -> dict[str, Any]:
     deadline = time.monotonic() + LIMIT_S
     try:
         while any(process.poll() is None for process in processes):
-            failed = [rank for rank, process in enumerate(processes) if process.poll()]
-            assert not failed, f"rank {failed[0]}:\n{logs[failed[0]].read_text()[-4000:]}"
+            _check(processes, logs)
             assert time.monotonic() < deadline, f"the job hangs; rank 0 says:\n{logs[0].read_text()[-4000:]}"
             time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    failed = [rank for rank, process in enumerate(processes) if process.returncode]
-    assert not failed, f"rank {failed[0]}:\n{logs[failed[0]].read_text()[-4000:]}"
+    _check(processes, logs)
     results = read_results(num_processes, directory)
     assert results is not None
     return results
+
+
+def _check(processes: list[subprocess.Popen], logs: list[Path]) -> None:
+    for rank, (process, log) in enumerate(zip(processes, logs, strict=True)):
+        assert not process.poll(), f"rank {rank} ended with {process.returncode}:\n{log.read_text()[-4000:]}"
 
 
 def read_results(num_processes: int, directory: Path) -> dict[str, Any] | None:
