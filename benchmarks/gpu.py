@@ -21,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import bench_attention
+import bench_decoder_layer
 import bench_group_advantages
 import bench_linear_logprobs
 import bench_linear_policy_loss
@@ -50,6 +51,7 @@ BENCHMARKS = (
     bench_linear_logprobs,
     bench_group_advantages,
     bench_attention,
+    bench_decoder_layer,
 )
 
 
@@ -110,6 +112,7 @@ def correctness(device: torch.device, *, smoke: bool) -> list[str]:
         "more than 65535 rows": far_rows(device, *((70, 61) if smoke else (70000, 131))),
         "bitwise repetition": repeats(device, *((70, 61) if smoke else (4096, 32001))),
         "no host synchronisation": never_waits(device),
+        "decoder layer": bench_decoder_layer.is_exact(device, smoke=smoke),
     }
     for name in bench_attention.kernels(device):
         checks[f"attention of {name or 'a CPU'}"] = bench_attention.is_exact(device, name)

@@ -32,8 +32,10 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl")
 class Variant:
     """One provider's work. forward returns what backward differentiates; leaves are cleared between runs."""
 
-    forward: Callable[[], Tensor | None]
+    forward: Callable[[], Tensor | tuple[Tensor, ...] | None]
     leaves: tuple[Tensor, ...] = ()
+    grads: tuple[Tensor, ...] | None = None
+    """Of what forward returns; None where that is one number."""
 
 
 @dataclass
@@ -173,9 +175,9 @@ def _timed(variant: Variant, device: torch.device) -> tuple[float, float]:
     return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
 
 
-def _backward(variant: Variant, out: Tensor | None) -> None:
+def _backward(variant: Variant, out: Tensor | tuple[Tensor, ...] | None) -> None:
     if variant.leaves and out is not None:
-        out.backward()
+        torch.autograd.backward(out, variant.grads)
 
 
 def _peak_memory(variant: Variant, device: torch.device) -> int | None:

@@ -23,10 +23,16 @@ def test_gpu_command_smoke(tmp_path):
     rows = list(csv.DictReader(out.open()))
     ours = {row["kernel"] for row in rows if row["provider"] == "fastgrpo"}
     assert {"linear_policy_loss", "policy_loss", "logprobs", "linear_logprobs", "group_advantages"} <= ours
-    assert "segment_attention" in ours
+    assert {"segment_attention", "rms_norm", "add_norm", "rotary", "normed rotary", "swiglu"} <= ours
     assert "attention of a CPU           ok" in result.stdout
+    assert "decoder layer                ok" in result.stdout
     ratios = {(row["kernel"], row["metric"]) for row in rows if row["unit"] == "ratio"}
-    assert {("policy_loss", "of_copy"), ("logprobs", "of_copy"), ("linear_policy_loss", "over_gemms")} <= ratios
+    assert {
+        ("policy_loss", "of_copy"),
+        ("logprobs", "of_copy"),
+        ("swiglu", "of_copy"),
+        ("linear_policy_loss", "over_gemms"),
+    } <= ratios
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
     assert {row["commit"] for row in rows} == {"unknown"}
     assert {row["gpu"] for row in rows} == {"none (CPU smoke test)"}  # nobody mistakes this for a measurement
