@@ -4,6 +4,7 @@
     python benchmarks/gpu.py --smoke      the same code in seconds, on a CPU, at sizes that measure nothing
 
     python benchmarks/gpu.py --only policy_loss logprobs    these benchmarks alone, unchecked: for tuning
+    python benchmarks/gpu.py --budget 300                   in five minutes: what no longer fits is named and left out
 
 Writes results/<GPU>-<commit>.csv, benchmark by benchmark, and .png. Correctness first: what is wrong is not timed.
 """
@@ -53,12 +54,15 @@ BENCHMARKS = (
     bench_attention,
     bench_decoder_layer,
 )
+APART = (bench_attention, bench_decoder_layer)
+"""What is wrong in one of these is wrong there alone; their checks' names begin with the kernel's."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, any device, results in --out only")
     parser.add_argument("--only", nargs="+", metavar="KERNEL", help="time these alone and check nothing")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="CSV to write; the plot lies beside it")
     args = parser.parse_args(arguments)
     started = time.monotonic()
@@ -66,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("no CUDA device: `make gpu` measures on a GPU; --smoke only shows that the code runs")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    table = Table(device, deadline=started + BUDGET_S)
+    table = Table(device, deadline=started + args.budget)
     gpu = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else "smoke"
     path = args.out or RESULTS / f"{gpu}-{table.commit}.csv"
     end_at(table.deadline + GRACE_S, table, path)
@@ -74,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [module for module in BENCHMARKS if not args.only or module.KERNEL in args.only]
     if failures:
         print(f"correctness failed: {', '.join(failures)}")
-        about_attention = all(name.startswith("attention") for name in failures)
-        chosen = [module for module in chosen if about_attention and module is not bench_attention]
+        wrong = {next((m for m in APART if name.startswith(m.KERNEL)), None) for name in failures}
+        chosen = [module for module in chosen if not wrong & {None, module}]
     if chosen:
         copy_bandwidth(table, 1 << 16 if args.smoke else 1 << 32)
     for module in chosen:
@@ -112,12 +116,12 @@ def correctness(device: torch.device, *, smoke: bool) -> list[str]:
         "more than 65535 rows": far_rows(device, *((70, 61) if smoke else (70000, 131))),
         "bitwise repetition": repeats(device, *((70, 61) if smoke else (4096, 32001))),
         "no host synchronisation": never_waits(device),
-        "decoder layer": bench_decoder_layer.is_exact(device, smoke=smoke),
+        bench_decoder_layer.KERNEL: bench_decoder_layer.is_exact(device, smoke=smoke),
     }
     for name in bench_attention.kernels(device):
-        checks[f"attention of {name or 'a CPU'}"] = bench_attention.is_exact(device, name)
+        checks[f"{bench_attention.KERNEL} of {name or 'a CPU'}"] = bench_attention.is_exact(device, name)
     for name, ok in checks.items():
-        print(f"{name:<28} {'ok' if ok else 'WRONG'}")
+        print(f"{name:<32} {'ok' if ok else 'WRONG'}")
     return [name for name, ok in checks.items() if not ok]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ def test_gpu_command_smoke(tmp_path):
     ours = {row["kernel"] for row in rows if row["provider"] == "fastgrpo"}
     assert {"linear_policy_loss", "policy_loss", "logprobs", "linear_logprobs", "group_advantages"} <= ours
     assert {"segment_attention", "rms_norm", "add_norm", "rotary", "normed rotary", "swiglu"} <= ours
-    assert "attention of a CPU           ok" in result.stdout
-    assert "decoder layer                ok" in result.stdout
+    for check in ("segment_attention of a CPU", "decoder_layer"):
+        assert re.search(rf"^{check} +ok$", result.stdout, re.MULTILINE), check
     ratios = {(row["kernel"], row["metric"]) for row in rows if row["unit"] == "ratio"}
     assert {
         ("policy_loss", "of_copy"),
@@ -37,6 +38,35 @@ def test_gpu_command_smoke(tmp_path):
     assert {row["commit"] for row in rows} == {"unknown"}
     assert {row["gpu"] for row in rows} == {"none (CPU smoke test)"}  # nobody mistakes this for a measurement
     assert out.with_suffix(".png").exists()
+
+
+def test_what_the_budget_has_no_room_for_is_named(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from harness import Table, Variant, compare
+
+    table = Table(torch.device("cpu"), deadline=0.0)
+    assert compare(table, "kernel", "x", {"fastgrpo": lambda: Variant(lambda: None)}) == {}
+    assert "kernel fastgrpo x: left out, the time is up" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    import gpu
+
+    timed = []
+    monkeypatch.setattr(gpu, "end_at", lambda *_: None)  # it would end the tests
+    for module in gpu.BENCHMARKS:
+        monkeypatch.setattr(module, "bench", lambda table, smoke, name=module.KERNEL: timed.append(name))
+    for wrong, left in (
+        (["decoder_layer"], {"segment_attention", "policy_loss"}),
+        (["segment_attention of torch"], {"decoder_layer", "policy_loss"}),
+        (["oracle", "decoder_layer"], set()),
+    ):
+        timed.clear()
+        monkeypatch.setattr(gpu, "correctness", lambda device, smoke, wrong=wrong: wrong)
+        assert gpu.main(["--smoke", "--out", str(tmp_path / "x.csv")]) == 1
+        names = {"segment_attention", "decoder_layer", "policy_loss"}
+        assert names & set(timed) == left
 
 
 def test_without_a_gpu_nothing_is_measured():
