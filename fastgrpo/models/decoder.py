@@ -70,8 +70,8 @@ class Layer:
         self.is_swiglu = hasattr(mlp, "gate_proj") and config.hidden_act == "silu"
         if self.is_swiglu:
             # One product on a GPU; on a CPU passes over the halves of its output cost more than a second one.
-            on_gpu = mlp.gate_proj.weight.device.type == "cuda"
-            inner = [[mlp.gate_proj, mlp.up_proj]] if on_gpu else [[mlp.gate_proj], [mlp.up_proj]]
+            on_cpu = mlp.gate_proj.weight.device.type == "cpu"
+            inner = [[mlp.gate_proj], [mlp.up_proj]] if on_cpu else [[mlp.gate_proj, mlp.up_proj]]
             self.gate_and_up, self.down = [project(parts) for parts in inner], project([mlp.down_proj])
 
     def __call__(
