@@ -1,8 +1,8 @@
 """The configuration's schema: what can be set, its type, its default, and what it means.
 
-The docstring under each field is what `fastgrpo train --help` prints. `conf/` holds named choices of these
-values; `main.py` turns the composed configuration into these dataclasses once, and nothing below it sees Hydra.
-Defaults here are sound for a real model; conf/model/quickstart.yaml sets what a tiny one wants.
+`fastgrpo train --help` prints the docstring under each field. `conf/` holds named choices of these values; `main.py`
+turns the composed configuration into these dataclasses once, and nothing below it sees Hydra. The defaults here suit a
+real model; conf/model/quickstart.yaml sets what a tiny one needs.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user can mend: printed as one line (what, where, how to mend), exit code 2, no traceback."""
+    """Something the user can fix: printed as one line (what, where, how to fix it), exit code 2, no traceback."""
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Where a run writes and how it shows itself."""
+    """Where a run writes and what it shows."""
 
     name: str = "default"
     """The first folder under runs/."""
     dir: str = "runs/${run.name}/${now:%Y-%m-%d_%H-%M-%S-%f}"
-    """Everything the run writes goes here; runs/latest points to the newest. The time has microseconds for runs that
-    begin together."""
+    """The directory for everything that the run writes; runs/latest points to the newest run. The time includes
+    microseconds, for runs that begin together."""
     console: str = "auto"
-    """auto | live | plain | none: a live display on a terminal, plain lines when piped."""
+    """auto | live | plain | none.  auto: a live display on a terminal, plain lines when piped."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Any of tensorboard, wandb, mlflow; metrics.jsonl and report.html are always written."""
+    """Any of tensorboard, wandb and mlflow; metrics.jsonl and report.html are always written."""
     profile_steps: list[int] = field(default_factory=list)
-    """Steps to profile, such as [3,4]: run.dir/profile gets torch's trace of each, a table of its costliest operators
-    and, on a GPU, a snapshot of its memory (docs/metrics.md)."""
+    """Steps to profile, such as [3,4]. For each one, run.dir/profile receives torch's trace, a table of the costliest
+    operators and, on a GPU, a snapshot of its memory (docs/metrics.md)."""
     profile_ranks: list[int] | None = field(default_factory=lambda: [0])
-    """The ranks that are profiled; null: all of them."""
+    """The ranks to profile; null: all of them."""
 
 
 @dataclass(kw_only=True)
@@ -40,13 +40,13 @@ class WarmStartConfig:
     """Supervised learning on worked solutions before GRPO (model.path=null with generated problems only)."""
 
     target_accuracy: float = 0.25
-    """Stop once this share of sampled answers is right."""
+    """Stop once this share of the sampled answers is right."""
     max_steps: int = 2000
     """Give up after this many updates."""
     batch_size: int = 128
-    """Worked solutions in an update."""
+    """Worked solutions per update."""
     learning_rate: float = 2e-3
-    """Of AdamW, reached after 20 updates."""
+    """AdamW's learning rate, reached after 20 updates."""
 
 
 @dataclass(kw_only=True)
@@ -54,20 +54,21 @@ class LoraConfig:
     """Train low-rank adapters beside a frozen model (needs `pip install fastgrpo[lora]`)."""
 
     rank: int = 0
-    """0 trains every weight. The frozen model is the KL term's reference, at no memory."""
+    """The adapters' rank; 0 trains every weight instead. The frozen model serves as the KL term's reference and takes
+    no extra memory."""
     alpha: int = 32
-    """The adapters' product is scaled by alpha / rank."""
+    """The product of the adapters is scaled by alpha / rank."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     path: str | None = None
-    """Begin with the adapters of a PEFT directory, such as an earlier run's hf/, in place of fresh ones."""
+    """Begin with the adapters of a PEFT directory, such as an earlier run's hf/, instead of fresh ones."""
 
     @property
     def enabled(self) -> bool:
-        """Whether adapters are trained, and not every weight."""
+        """Whether adapters are trained instead of every weight."""
         return self.rank > 0 or self.path is not None
 
 
@@ -78,9 +79,9 @@ class ModelConfig:
     path: str | None = None
     """A local directory (Qwen2, Qwen3, Qwen3-MoE, Llama, Mistral) or a hub name; null builds a small Qwen3."""
     tokenizer_path: str | None = None
-    """Another directory for the tokenizer; null uses model.path."""
+    """Another directory for the tokenizer; null: model.path."""
     hidden_size: int = 128
-    """hidden_size to num_kv_heads shape the model that is built when path is null."""
+    """hidden_size to intermediate_size set the shape of the model that is built when path is null."""
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
@@ -88,7 +89,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     cache_dir: str = "${oc.env:XDG_CACHE_HOME,${oc.env:HOME,.}/.cache}/fastgrpo"
-    """Where warm-started models are kept, by a hash of everything that made them."""
+    """Where warm-started models are kept, under a hash of everything that went into them."""
 
 
 @dataclass(kw_only=True)
@@ -96,14 +97,14 @@ class DataConfig:
     """The questions."""
 
     source: str = "jsonl"
-    """jsonl | parquet | hub | arithmetic. A file whose suffix is .jsonl or .parquet is read as that."""
+    """jsonl | parquet | hub | arithmetic. A file that ends in .jsonl or .parquet is read as that format."""
     path: Any = None
     """A .jsonl or .parquet file, a directory of them, a pattern ('train-*.parquet') or a list ([a.jsonl,b.parquet]),
-    read one after another. Or a hub data set's name."""
+    read one after another; or the name of a hub data set."""
     eval_path: Any = None
-    """Held-out questions, as data.path; null splits data.eval_size of them off data.path."""
+    """Held-out questions, given as in data.path; null splits data.eval_size of them off data.path."""
     eval_size: int = 256
-    """How many questions are held out: the same ones for every seed. They never occur in training."""
+    """How many questions are held out. They are the same for every seed and never occur in training."""
     hub_config: str | None = None
     """The hub data set's configuration, such as `main` for openai/gsm8k."""
     split: str = "train"
@@ -111,29 +112,32 @@ class DataConfig:
     eval_split: str | None = None
     """The hub data set's held-out split; null splits eval_size rows off."""
     prompt_column: str = "question"
-    """A text, or a list of chat messages ({role, content}). a.b is the entry b of a column a."""
+    """The column with the prompt: a text, or a list of chat messages ({role, content}). a.b is the entry b of column
+    a."""
     answer_column: str | None = "answer"
-    """Handed to the reward as `answer`, for example reward_model.ground_truth; null for data without answers."""
+    """The column that reward functions receive as `answer`, for example reward_model.ground_truth; null for data
+    without answers."""
     system_prompt: str | None = None
-    """Put before every question; needs a tokenizer with a chat template."""
+    """A system message put before every question; needs a tokenizer with a chat template."""
     prompt_template: str = "{prompt}"
-    """Wraps a text prompt, for example "Question: {prompt} Answer:"."""
+    """Text around a text prompt, for example "Question: {prompt} Answer:"."""
     chat_template: bool = True
-    """Apply the tokenizer's chat template where it has one."""
+    """Apply the tokenizer's chat template if it has one."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Passed to the template, for example {enable_thinking: false}."""
+    """Arguments for the chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: int | None = None
-    """Longer prompts follow data.long_prompts; null: the model's context less sampling.max_new_tokens."""
+    """The longest prompt allowed; data.long_prompts says what happens to longer ones. null: the model's context less
+    sampling.max_new_tokens."""
     long_prompts: str = "fail"
-    """fail | drop (and count)."""
+    """fail | drop: end the run, or leave such prompts out and count them."""
     shuffle: bool = True
-    """A fresh order every epoch, a function of the seed; false keeps the file's."""
+    """Use a new order in every epoch, which depends on the seed; false keeps the file's order."""
     operation: str = "addition"
     """arithmetic: addition | subtraction."""
     num_digits: int = 3
-    """arithmetic: digits of each operand."""
+    """arithmetic: number of digits of each operand."""
     num_problems: int = 20000
-    """arithmetic: how many training problems there are."""
+    """arithmetic: number of training problems."""
 
 
 @dataclass(kw_only=True)
@@ -141,32 +145,33 @@ class RewardTerm:
     """One reward function and its weight."""
 
     path: str = "???"
-    """module:function or file.py:function."""
+    """The function, as module:function or file.py:function."""
     weight: float = 1.0
-    """Its value's factor in the reward."""
+    """The factor of its value in the reward."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Fixed keyword arguments for the function."""
 
 
 @dataclass(kw_only=True)
 class RewardConfig:
-    """How completions are scored. The contract of a reward function is in docs/rewards.md."""
+    """How completions are scored (docs/rewards.md has the contract of a reward function)."""
 
     path: str = "fastgrpo.rewards.verifiable:exact_match"
-    """module:function or file.py:function."""
+    """The function, as module:function or file.py:function."""
     weight: float = 1.0
-    """Its value's factor in the reward."""
+    """The factor of its value in the reward."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Fixed keyword arguments for the function."""
     extra: dict[str, RewardTerm] = field(default_factory=dict)
-    """Further functions by name; the reward is the weighted sum of all."""
+    """Further functions by name; the reward is the weighted sum of all of them."""
     timeout_s: float = 30.0
-    """Time limit of one call."""
+    """Time limit for one call, in seconds."""
     on_error: str = "fail"
-    """fail | zero | drop: what happens to a group whose reward function raises or exceeds the limit.
-    zero gives 0 for that function, drop leaves the group out; both are counted in the metrics."""
+    """fail | zero | drop: what happens when a reward function raises or exceeds the time limit.  fail: the run ends.
+    zero: that function's value is 0.  drop: the group is left out.  The metrics count the last two."""
     num_workers: int = 2
-    """Processes that run reward functions; 0 runs them in the trainer's own, for functions that hold a model."""
+    """Number of processes that run reward functions; 0 runs them in the trainer's own process, for functions that hold
+    a model."""
 
 
 @dataclass(kw_only=True)
@@ -174,31 +179,33 @@ class EnvironmentConfig:
     """What answers the policy's turns: tools, a user, a game (docs/environment.md)."""
 
     path: str | None = None
-    """module:function or file.py:function, called with every turn that a stop token has ended; null: a completion is
-    one turn."""
+    """The function, as module:function or file.py:function, which is called with every turn that ends with a stop
+    token; null: a completion is one turn."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Fixed keyword arguments for the function."""
     max_turns: int = 8
-    """The policy speaks at most this often in a completion, and sampling.max_new_tokens bounds all of it together."""
+    """The most turns that the policy has in a completion; sampling.max_new_tokens limits the completion as a whole."""
     timeout_s: float = 30.0
-    """Time limit of one call."""
+    """Time limit for one call, in seconds."""
     on_error: str = "fail"
-    """fail | tell: where the function raises or exceeds the limit, end the run, or let the policy read the error."""
+    """fail | tell: what happens when the function raises or exceeds the time limit.  fail: the run ends.  tell: the
+    policy reads the error."""
     num_workers: int = 2
-    """Processes that run the function; 0 runs it in the trainer's own."""
+    """Number of processes that run the function; 0 runs it in the trainer's own process."""
 
 
 @dataclass(kw_only=True)
 class ReferenceConfig:
-    """The policy that the KL term holds on to."""
+    """The reference policy, to which the KL term holds the trained one."""
 
     path: str | None = None
-    """Another model with the policy's tokens: what an earlier run began with, or a larger one to learn from. null: the
-    policy as the run begins."""
+    """Another model with the policy's tokens, such as the one that an earlier run began with, or a larger one to learn
+    from; null: the policy as it is at the start of the run."""
     schedule: str = "fixed"
-    """fixed | refresh (becomes the policy every refresh_every steps, iterative GRPO) | ema."""
+    """fixed | refresh | ema.  refresh: the reference becomes the policy every refresh_every steps (iterative
+    GRPO).  ema: it follows the policy slowly."""
     refresh_every: int = 100
-    """refresh: steps between one reference and the next."""
+    """refresh: number of steps between one reference and the next."""
     ema_decay: float = 0.99
     """ema: reference = decay * reference + (1 - decay) * policy after every step."""
 
@@ -212,63 +219,66 @@ class AlgorithmConfig:
     advantage: str = "std"
     """std: (r - mean) / std over the group (GRPO).  mean: r - mean (Dr.GRPO).  batch_std: (r - mean) / std over all of
     the step's rewards (Lite PPO).  leave_one_out: r - mean of the others (RLOO).  process: step rewards, normalised
-    over the group and summed from each token on.  Or a function of your own, FILE.py:FUNCTION (docs/objective.md)."""
+    over the group, and summed for each token over the steps that end at or after it.  Or a function of your own,
+    FILE.py:FUNCTION (docs/objective.md)."""
     advantage_kwargs: dict[str, Any] = field(default_factory=dict)
     """Fixed keyword arguments for an advantage function of your own."""
     std_ddof: int = 1
-    """1 is the field's habit; 0 divides by G."""
+    """Delta degrees of freedom of the std: 1 is customary, 0 divides by G."""
     min_std: float = 0.0
-    """A floor under the std, so that a nearly constant reward does not explode the advantages."""
+    """A lower bound for the std, so that a nearly constant reward does not blow up the advantages."""
     aggregation: str = "sequence_mean"
-    """sequence_mean 1/(S*|o_i|) (GRPO) | token_mean 1/sum of tokens (DAPO) |
-    constant 1/(S*max_new_tokens) (Dr.GRPO)."""
+    """The weight of a token: sequence_mean 1/(S*|o_i|) (GRPO) | token_mean 1/sum of tokens (DAPO) | constant
+    1/(S*max_new_tokens) (Dr.GRPO)."""
     surrogate: str = "clip"
     """clip | cispo | sapo | reinforce, or a function of your own, FILE.py:FUNCTION (docs/objective.md)."""
     surrogate_kwargs: dict[str, Any] = field(default_factory=dict)
     """Fixed keyword arguments for a surrogate of your own."""
     ratio_level: str = "token"
-    """token | sequence (GSPO)."""
+    """token | sequence: whether the ratio is of a token or of its whole completion (GSPO)."""
     clip_ratio_low: float = 0.2
-    """epsilon: the ratio is clipped below at 1 - clip_ratio_low."""
+    """epsilon: the ratio is clipped from below at 1 - clip_ratio_low."""
     clip_ratio_high: float = 0.2
-    """Above clip_ratio_low it is DAPO's clip-higher."""
+    """The ratio is clipped from above at 1 + clip_ratio_high; a value above clip_ratio_low is DAPO's clip-higher."""
     dual_clip: float | None = None
-    """c > 1: the loss of a token with negative advantage is at most -c*A."""
+    """c > 1: the loss of a token with a negative advantage is at most -c*A; null: off."""
     sapo_tau_pos: float = 1.0
     """sapo: the gate's temperature where the advantage is positive."""
     sapo_tau_neg: float = 1.05
-    """sapo: and where it is not."""
+    """sapo: the gate's temperature where the advantage is not positive."""
     kl_coef: float = 0.04
-    """beta of the KL term, which is in the loss and never in the reward; 0 loads no reference model."""
+    """beta, the factor of the KL term, which is in the loss and never in the reward; with 0 no reference model is
+    loaded."""
     kl_estimator: str = "k3"
-    """k1 | k2 | k3."""
+    """k1 | k2 | k3: the estimator of the KL divergence."""
     kl_times_ratio: bool = False
-    """Multiply the KL estimate by the ratio: an unbiased gradient off-policy."""
+    """Multiply the KL estimate by the ratio, which makes its gradient unbiased off-policy."""
     entropy_coef: float = 0.0
-    """A bonus for entropy."""
+    """The factor of a bonus for entropy."""
     top_entropy_quantile: float = 1.0
-    """Below 1, only this share of an update's tokens, those of the most undecided next-token distributions, learn the
-    advantage (0.2 in arXiv 2506.01939); the others keep their KL and entropy terms, and count in every mean."""
+    """Below 1, only this share of an update's tokens, those with the most undecided next-token distributions, learn the
+    advantage (0.2 in arXiv 2506.01939). The others keep their KL and entropy terms and count in every mean."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     importance_level: str = "none"
     """none | token | sequence: importance weights from the sampler's to the learner's probabilities."""
     importance_mode: str = "truncate"
-    """truncate: weights above importance_cap become it.  mask: outside [importance_floor, importance_cap] they become
-    0, so that what sampler and learner disagree on carries no loss."""
+    """truncate: weights above importance_cap are set to it.  mask: weights outside [importance_floor, importance_cap]
+    are set to 0, so that tokens on which sampler and learner disagree carry no loss."""
     importance_floor: float = 0.0
-    """mask: smaller weights become 0."""
+    """mask: smaller weights are set to 0."""
     importance_cap: float = 2.0
-    """truncate: larger weights become this.  mask: they become 0."""
+    """truncate: larger weights are set to this value.  mask: they are set to 0."""
     mask_truncated: bool = False
     """Completions cut at max_new_tokens keep their place in the group's baseline but carry no loss."""
     overlong_buffer: int = 0
-    """DAPO's soft punishment: the last this many tokens before max_new_tokens cost up to overlong_penalty. 0: off."""
+    """DAPO's soft punishment: within this many tokens before max_new_tokens, the reward falls by up to
+    overlong_penalty; 0: off."""
     overlong_penalty: float = 1.0
-    """What a completion of max_new_tokens loses of its reward."""
+    """What a completion of max_new_tokens tokens loses of its reward."""
     dynamic_sampling: bool = False
-    """Replace groups of equal rewards by new prompts (DAPO)."""
+    """Replace groups in which all rewards are equal by new prompts (DAPO)."""
     max_resamples: int = 4
-    """dynamic_sampling: rounds of new prompts in a step before it goes on with what it has."""
+    """dynamic_sampling: the most rounds of new prompts in a step, before it continues with what it has."""
 
 
 @dataclass(kw_only=True)
@@ -276,62 +286,63 @@ class SamplingConfig:
     """How completions are drawn."""
 
     temperature: float = 1.0
-    """Logits are divided by it, in sampling and in the objective alike."""
+    """Logits are divided by this value, in sampling and in the objective alike."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability; 1 keeps every token."""
+    """Draw only from the likeliest tokens that together have this probability; 1 keeps every token."""
     top_k: int = 0
-    """0 keeps every token."""
+    """Draw only from this many of the likeliest tokens; 0 keeps every token."""
     max_new_tokens: int = 1024
-    """A completion is cut at this many tokens, the environment's included."""
+    """A completion is cut at this many tokens, including the environment's."""
     min_new_tokens: int = 0
-    """No stop token is drawn before this many."""
+    """No stop token is drawn before this many tokens."""
     stop_token_ids: list[int] | None = None
-    """null: the tokenizer's (and generation configuration's) end tokens."""
+    """Tokens that end a turn; null: the end tokens of the tokenizer and of the generation configuration."""
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The steps."""
+    """Training steps and their updates."""
 
     num_steps: int = 100
-    """Steps of the run, each with rollouts of its own."""
+    """Number of steps of the run, each with its own rollouts."""
     prompts_per_step: int = 128
-    """Questions of a step over all ranks; each is completed algorithm.group_size times."""
+    """Questions per step, over all ranks; each is completed algorithm.group_size times."""
     updates_per_rollout: int = 1
-    """mu of Algorithm 1: passes over a step's rollouts."""
+    """mu of Algorithm 1: passes over the rollouts of a step."""
     num_minibatches: int = 1
-    """Optimizer updates in one pass; prompts_per_step must be divisible by it."""
+    """Optimizer updates per pass; prompts_per_step must be divisible by it."""
     learning_rate: float = 1e-6
-    """AdamW's, at its highest."""
+    """AdamW's highest learning rate."""
     lr_schedule: str = "constant"
-    """constant | linear | cosine, after the warm-up, down to min_lr_ratio."""
+    """constant | linear | cosine: the course of the learning rate after the warm-up, down to min_lr_ratio."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises to it from near 0."""
+    """Number of steps in which the learning rate rises from near 0 to its highest value."""
     min_lr_ratio: float = 0.0
-    """The last learning rate as a share of the highest."""
+    """The final learning rate as a share of the highest."""
     weight_decay: float = 0.0
-    """On matrices only: norms and biases are left alone."""
+    """AdamW's weight decay, on matrices only: norms and biases are left alone."""
     adam_beta1: float = 0.9
     """Decay of the running mean of gradients."""
     adam_beta2: float = 0.999
     """Decay of the running mean of squared gradients."""
     adam_eps: float = 1e-8
-    """Added to the root in AdamW's denominator."""
+    """Added to the square root in AdamW's denominator."""
     max_grad_norm: float = 1.0
-    """Gradients of a larger L2 norm, over all parameters, are scaled down to it."""
+    """Gradients with a larger L2 norm, over all parameters, are scaled down to it."""
     moe_aux_loss_coef: float = 0.0
-    """Of the loss that evens out the use of a mixture's experts (docs/parallelism.md); above 0 an update takes one more
-    forward pass. Models are often pretrained with 0.001, their config.json's router_aux_loss_coef."""
+    """The factor of the auxiliary loss that evens out the use of a mixture's experts (docs/parallelism.md); above 0 an
+    update takes one more forward pass. Models are often pretrained with 0.001 (router_aux_loss_coef in config.json)."""
     time_limit_minutes: float | None = None
-    """From the command's beginning; null: none. The run ends as after a SIGTERM, saved and with exit code 124, when by
-    the longest step so far another one and its checkpoint might not end in time (docs/parallelism.md). It makes one
-    step in any case."""
+    """Time limit from the start of the command; null: none. The run saves and ends, as after a SIGTERM but with exit
+    code 124, when another step as long as the longest so far might not finish in time with its checkpoint. One step is
+    always made (docs/parallelism.md)."""
     max_nonfinite_updates: int = 3
-    """A non-finite loss or gradient skips its update; after this many in a row the run stops and saves the batch."""
+    """An update with a non-finite loss or gradient is skipped; after this many in a row the run saves the batch and
+    stops."""
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer updates on a step's rollouts."""
+        """Optimizer updates on the rollouts of a step."""
         return self.updates_per_rollout * self.num_minibatches
 
     @property
@@ -342,82 +353,88 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class LearnerConfig:
-    """Who computes the update."""
+    """What computes the updates."""
 
     kind: str = "torch"
-    """torch: one Hugging Face model on one device.  megatron: the model cut over the processes of torchrun."""
+    """torch: one Hugging Face model on one device.  megatron: a model that is split over the processes of torchrun."""
     tp: int = 1
-    """megatron: ranks over which every matrix and the vocabulary are cut (tensor parallel)."""
+    """megatron: number of ranks over which every matrix and the vocabulary are split (tensor parallel)."""
     pp: int = 1
-    """megatron: stages of consecutive layers (pipeline parallel); ranks beyond tp x cp x pp are data parallel."""
+    """megatron: number of stages of consecutive layers (pipeline parallel); ranks beyond tp x cp x pp are data
+    parallel."""
     vpp: int = 1
-    """megatron: virtual stages on each pipeline rank."""
+    """megatron: number of virtual stages on each pipeline rank."""
     stage_layers: list[int] | None = None
-    """megatron: layers of each stage (of pp x vpp, in the model's order); null deals them out so that the stages take
-    equally long, the head counted with the last."""
+    """megatron: number of layers of each stage (of pp x vpp, in the model's order); null deals them out so that the
+    stages take equally long, counting the head with the last one."""
     sp: bool = False
-    """megatron: cut norms and residuals along the tokens too (sequence parallel)."""
+    """megatron: also split norms and residuals along the tokens (sequence parallel)."""
     cp: int = 1
-    """megatron: cut a micro-batch's rows over this many ranks (context parallel), for sequences too long for one."""
+    """megatron: split a micro-batch's rows over this many ranks (context parallel), for sequences too long for one
+    rank."""
     ep: int = 1
-    """megatron: deal a layer's experts over this many of a stage's tp x data-parallel ranks (expert parallel)."""
+    """megatron: deal a layer's experts over this many of a stage's tp x cp x data-parallel ranks (expert parallel)."""
     max_tokens_per_microbatch: int = 16384
-    """Packed tokens in one forward pass."""
+    """The most packed tokens in one forward pass."""
     share_prompts: bool = True
-    """Compute each group's prompt once; false packs a copy per completion (same gradient)."""
+    """Compute each group's prompt once; false packs a copy for each completion (with the same gradient)."""
     offload: str = "auto"
-    """auto | always | never: move optimizer state and gradients to the host while sampling.  auto: on a GPU, where the
-    KV cache would not fit beside them (`fastgrpo plan` says so)."""
+    """auto | always | never: move optimizer state and gradients to the host while sampling.  auto: on a GPU, if the KV
+    cache would not fit beside them (`fastgrpo plan` says whether it does)."""
     activation_checkpoint: str = "none"
-    """none | selective (megatron: the backward pass computes feed-forwards again, but not attention) |
-    full (it computes whole layers again, of which only the inputs are kept; a third more time)."""
+    """none | selective | full: what the backward pass recomputes.  selective (megatron): feed-forwards, but not
+    attention.  full: whole layers, of which only the inputs are kept; takes a third more time."""
     distributed_optimizer: bool = True
-    """megatron: each data-parallel rank keeps and steps its part of the optimizer's state; false: all of it on each."""
+    """megatron: each data-parallel rank keeps and steps its part of the optimizer's state; false: each keeps all of
+    it."""
     overlap_grad_reduce: bool = False
-    """megatron: sum gradients over data-parallel ranks while the backward pass goes on."""
+    """megatron: sum gradients over data-parallel ranks while the backward pass is running."""
     router_replay: bool = False
-    """A mixture of experts computes every token with the experts that the sampler sent it to, not with those that its
-    own routers would choose (docs/objective.md)."""
+    """Compute every token of a mixture of experts with the experts to which the sampler sent it, not with those that
+    the learner's own routers would choose (docs/objective.md)."""
 
     @property
     def ranks_a_copy(self) -> int:
-        """Processes that compute a micro-batch together; those of a run beyond them are data parallel."""
+        """Processes that compute a micro-batch together; a run's processes beyond these are data parallel."""
         return self.tp * self.cp * self.pp
 
 
 @dataclass(kw_only=True)
 class SamplerConfig:
-    """Who draws the completions."""
+    """What draws the completions."""
 
     kind: str = "torch"
     """torch: the learner's own Hugging Face model.  vllm: vLLM in the learner's processes, on the learner's tensors
     (docs/colocation.md)."""
     max_sequences: int = 512
-    """Completions drawn at once; bounds the KV cache."""
+    """The most completions drawn at once; this bounds the KV cache."""
     tp: int = 1
-    """vllm: ranks over which one engine is cut; it need not be learner.tp."""
+    """vllm: number of ranks over which one engine is split; it need not equal learner.tp."""
     gpu_memory_utilization: float | None = None
-    """vllm: share of the GPU for weights and KV cache together; null computes the KV cache from max_sequences."""
+    """vllm: share of the GPU's memory for weights and KV cache together; null computes the KV cache from
+    max_sequences."""
     enforce_eager: bool = False
-    """vllm: no CUDA graphs (a CPU has none): starts faster, decodes slower."""
+    """vllm: use no CUDA graphs (a CPU has none), which starts faster and decodes more slowly."""
     merge_adapters: bool = False
-    """vllm, with model.lora: sample from merged copies W + s B A, which decodes faster and holds the adapted matrices
+    """vllm, with model.lora: sample from merged copies W + s B A, which decodes faster but holds the adapted matrices
     twice; false computes the adapters beside W."""
     max_restarts: int = 2
-    """vllm: how often a failed engine is rebuilt, and the rollout drawn again with the same seeds, before the run
-    stops."""
+    """vllm: how often in a row a failed engine is rebuilt, and the rollout drawn again with the same seeds, before the
+    run stops."""
     oversample: float = 0.0
-    """Draw this share of a step's prompts more, go on once train.prompts_per_step groups are complete, and finish the
-    others in later steps: no step waits for the longest completion, and none is thrown away. Their first tokens are
-    then of older policies (docs/objective.md)."""
+    """Have this share of a step's prompts in flight on top, continue once train.prompts_per_step groups are complete,
+    and finish the others in later steps. No step waits for the longest completion, and none is thrown away; the first
+    tokens of the others then come from older policies (docs/objective.md)."""
     round_tokens: int = 256
-    """oversample, and with an environment: the most tokens a completion gets between looks at what has ended."""
+    """With oversample or an environment: the most tokens that a completion gets before the run looks at what has
+    ended."""
     bucket_mb: int = 256
-    """Weights that learner and sampler do not share move in buckets of at most this size."""
+    """Weights that learner and sampler do not share are moved in buckets of at most this size."""
     proof: str = "sampled"
-    """sampled | full: whether the checksums of weights that were copied read a part, another one each step, or all."""
+    """sampled | full: whether the checksums of copied weights read a part, a different one at each step, or all."""
     canary_tolerance: float | None = None
-    """How far the canary's logprobs may be apart when weights are shared; null: 2e-5 in float32, 0.1 in bfloat16."""
+    """How far apart the canary's logprobs may be when weights are handed over; null: 2e-5 in float32, 0.1 in
+    bfloat16."""
 
 
 @dataclass(kw_only=True)
@@ -427,56 +444,58 @@ class ClusterConfig:
     device: str = "auto"
     """auto | cpu | cuda | cuda:N."""
     dtype: str = "auto"
-    """auto | float32 | bfloat16: the weights' type; auto is float32 on a CPU and bfloat16 on a GPU."""
+    """auto | float32 | bfloat16: the type of the weights.  auto: float32 on a CPU, bfloat16 on a GPU."""
     attention: str = "auto"
-    """auto | torch | flash_attn | flash_attn_3: whose flash attention a GPU computes (docs/kernels.md).  auto: that of
-    the package flash_attn where it is installed, else torch's own."""
+    """auto | torch | flash_attn | flash_attn_3: which flash attention a GPU uses (docs/kernels.md).  auto: that of the
+    package flash_attn if it is installed, otherwise torch's own."""
     num_threads: int | None = None
     """CPU threads; null: all cores."""
     memory_gb: float | None = None
-    """One device's memory in 10^9 bytes, for `fastgrpo plan` of a GPU that is not here; null: what this machine has."""
+    """Memory of one device in 10^9 bytes, to let `fastgrpo plan` plan for a GPU that is not here; null: what this
+    machine has."""
     num_ranks: int | None = None
-    """`fastgrpo plan`: processes of the job to plan for; null: the fewest that the layout takes."""
+    """`fastgrpo plan`: number of processes of the job to plan for; null: the fewest that the layout needs."""
 
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Held-out accuracy."""
+    """Evaluation on held-out questions."""
 
     every: int = 10
-    """Steps between evaluations, the first before training and one at the end; 0: never."""
+    """Number of steps between evaluations; the first is made before training and the last at the end. 0: never."""
     num_prompts: int | None = None
-    """null: all held-out questions."""
+    """How many held-out questions to ask; null: all of them."""
     num_samples: int = 1
-    """Above 1: pass@k as well; needs eval.temperature > 0."""
+    """Completions per question; above 1, pass@k is reported as well, which needs eval.temperature > 0."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """The sampling temperature of evaluations; 0 is greedy."""
     top_p: float = 1.0
-    """As sampling.top_p, which evaluations do not follow."""
+    """Like sampling.top_p, which evaluations do not follow."""
     top_k: int = 0
-    """As sampling.top_k."""
+    """Like sampling.top_k, which evaluations do not follow."""
     by: str | None = None
-    """A column of the data, such as data_source: each of its values has an accuracy of its own, eval/accuracy/VALUE."""
+    """A column of the data, such as data_source; each of its values gets an accuracy of its own,
+    eval/accuracy/VALUE."""
     max_new_tokens: int | None = None
-    """null: sampling.max_new_tokens."""
+    """The token limit of a completion in evaluations; null: sampling.max_new_tokens."""
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """What survives a stop."""
+    """Checkpoints and exports."""
 
     every: int = 50
-    """Steps between checkpoints, one at the end; 0: only when stopped and at the end."""
+    """Number of steps between checkpoints, with one more at the end; 0: only when the run stops and at the end."""
     keep: int = 2
-    """The newest this many are kept."""
+    """How many checkpoints are kept, the newest ones."""
     background: bool = False
-    """The loop waits only until the state is copied to host memory; it is written while the next steps go on. A run
-    killed before that is done goes on from the checkpoint before. The last one is waited for."""
+    """Wait only until the state has been copied to host memory, and write it while the next steps run. A run that is
+    killed before that is done continues from the previous checkpoint. The run waits for the last one."""
     export: bool = True
-    """Write the final policy as a Hugging Face directory into run.dir/hf."""
+    """Write the final policy to run.dir/hf as a Hugging Face directory."""
     export_every: int = 0
-    """Steps between policies that are written as Hugging Face directories, run.dir/exports/step-000050, for evaluations
-    beside the run: each appears whole, and all are kept. 0: none."""
+    """Number of steps between policies that are written as Hugging Face directories, run.dir/exports/step-000050, to be
+    evaluated while the run continues. Each appears whole, and all are kept. 0: none."""
 
 
 @dataclass(kw_only=True)
@@ -484,12 +503,12 @@ class Config:
     """Everything `fastgrpo train` reads."""
 
     seed: int = 0
-    """Prompts' order, samples and everything else random derive from it."""
+    """The order of prompts, the samples and everything else that is random derive from it."""
     resume: str = "no"
-    """no | auto (the newest whole checkpoint of run.dir, or of runs/latest) | a run's or checkpoint's path.
-    Rows, checkpoints and exports of later steps are removed from run.dir."""
+    """no | auto | PATH: continue from the newest complete checkpoint of run.dir, or of runs/latest (auto), or from the
+    path of a run or checkpoint. Rows, checkpoints and exports of later steps are removed from run.dir."""
     deterministic: bool = False
-    """On a GPU: the learner repeats a run bit by bit, which costs speed (a CPU's runs always do)."""
+    """On a GPU: the learner repeats a run bit for bit, which costs speed (runs on a CPU always do)."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
