@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from fastgrpo.checksum import checksums
 from fastgrpo.kernels.cpu_linear import linear
 from fastgrpo.sampler.vllm.layout import Owned, parameters
 from fastgrpo.sampler.vllm.low_rank import Shapes, add_adapters, use_adapters
@@ -92,9 +93,8 @@ class AdoptingLoader(BaseModelLoader):
             if device.type == "cpu":
                 _use_plain_linears(model)
             else:
-                addresses = {owned.name: owned.parameter.data_ptr() for owned in parameters(model)}
-                process_weights_after_loading(model, model_config, device)
-                _refuse_repacking(model, addresses)
+                with _refusing_repacking(model):
+                    process_weights_after_loading(model, model_config, device)
             use_adapters(model)
         adoption.model = model
         return model.eval()
@@ -192,11 +192,22 @@ def _replace(owned: Owned, memory: Tensor) -> None:
         module._parameters[kind] = new
 
 
-def _refuse_repacking(model: nn.Module, addresses: dict[str, int]) -> None:
-    """A backend that computes with weights of a form of its own would never see an update."""
-    for owned in parameters(model):
-        if owned.parameter.data_ptr() != addresses.get(owned.name):
-            raise NotImplementedError(f"vLLM repacks {owned.name}, which fastgrpo cannot share")
+@contextmanager
+def _refusing_repacking(model: nn.Module) -> Iterator[None]:
+    """A backend that computes with weights of a form of its own would never see an update; and where it writes that
+    form over the old one, as vLLM 0.33 does with equal shapes, it writes over the learner's weights."""
+    before = _told_apart(model)
+    yield
+    for name, what in _told_apart(model).items():
+        if what != before.get(name):
+            raise NotImplementedError(f"vLLM repacks {name}, which fastgrpo cannot share")
+
+
+def _told_apart(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Every parameter's address, and a checksum of a sample of its elements."""
+    owned = parameters(model)
+    sums = checksums([each.parameter.detach() for each in owned], phase=0).tolist()
+    return {each.name: (each.parameter.data_ptr(), value) for each, value in zip(owned, sums, strict=True)}
 
 
 def _use_plain_linears(model: nn.Module) -> None:

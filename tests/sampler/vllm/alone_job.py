@@ -42,6 +42,7 @@ from fastgrpo.config import LoraConfig
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models.lora import add_adapters
 from fastgrpo.sampler.draw import _cut as cut
+from fastgrpo.sampler.vllm.adopt import _refusing_repacking
 from fastgrpo.sampler.vllm.engine import MAX_BATCHED_TOKENS
 from fastgrpo.sampler.vllm.pools import kept_allocator_settings
 from fastgrpo.sampler.vllm.sampler import VLLMSampler
@@ -374,6 +375,26 @@ def allocator_settings() -> list[str]:
     return told
 
 
+def repacking() -> dict[str, str | None]:
+    """What is said of backends that compute with another form of the weights, by where they put it."""
+    weight = torch.nn.Linear(8, 4, bias=False).weight
+    model = torch.nn.Module()
+    model.register_parameter("weight", weight)
+    said: dict[str, str | None] = {}
+    for where, repack in {
+        "nowhere": lambda: weight.data.copy_(weight.data),
+        "elsewhere": lambda: setattr(weight, "data", weight.data.flip(0)),
+        "in place": lambda: weight.data.copy_(weight.data.flip(0)),
+    }.items():
+        try:
+            with _refusing_repacking(model):
+                repack()
+            said[where] = None
+        except NotImplementedError as error:
+            said[where] = str(error)
+    return said
+
+
 def gpu_arguments() -> dict[str, Any]:
     """What an engine for a GPU is asked for."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -460,6 +481,7 @@ def main() -> None:
     results["adapters"] = adapted(LoraConfig(rank=3))
     results["some adapters"] = adapted(LoraConfig(rank=4, target_modules=["k_proj", "down_proj"], rank_stabilized=True))
     results["gpu_arguments"], results["allocator_settings"] = gpu_arguments(), allocator_settings()
+    results["repacking"] = repacking()
     (DIRECTORY / "alone.json").write_text(json.dumps(results))
 
 

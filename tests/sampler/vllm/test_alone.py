@@ -198,3 +198,8 @@ def test_a_rebuilt_engine_adopts_the_learners_tensors_again(alone):
 def test_an_engine_that_keeps_failing_stops_the_run_by_name(alone):
     expected = "EngineError: vLLM failed 2 times in a row (sampler.max_restarts=1): MemoryError: no blocks left"
     assert alone["failures"]["twice"] == expected
+
+
+def test_a_backend_that_writes_its_own_form_over_the_learners_weights_is_refused(alone):
+    refusal = "vLLM repacks .weight, which fastgrpo cannot share"
+    assert alone["repacking"] == {"nowhere": None, "elsewhere": refusal, "in place": refusal}
