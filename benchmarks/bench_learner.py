@@ -39,6 +39,7 @@ from fastgrpo.kernels.objective import Objective
 from fastgrpo.learner.megatron.architecture import Architecture
 from fastgrpo.learner.megatron.layout import Layout
 from fastgrpo.learner.torch_learner import TorchLearner
+from fastgrpo.models.decoder import recompute_activations
 from fastgrpo.models.flops import peak_flops, update_flops
 from fastgrpo.models.hf import prepare
 from fastgrpo.models.shape import Shape
@@ -132,7 +133,7 @@ def make_update(
     if name == "fastgrpo-torch":
         model = prepare(random_model(config, dtype).to(device))
         if full:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
         learner = TorchLearner(model, train, num_updates=1000)
         return lambda: learner.update(batches, objective).grad_norm
     make = functools.partial(trl, group_size=args.group_size) if name == "trl" else hugging_face

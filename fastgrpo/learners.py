@@ -15,6 +15,7 @@ from fastgrpo.data import PromptSets
 from fastgrpo.learner.protocol import Learner
 from fastgrpo.learner.torch_learner import TorchLearner
 from fastgrpo.models import hf, lora
+from fastgrpo.models.decoder import recompute_activations
 from fastgrpo.models.hf import REFERENCE_KEY, CausalLM
 from fastgrpo.models.lora import Adapters
 from fastgrpo.models.shape import Shape
@@ -99,7 +100,7 @@ def _torch_learner(
     elif needs_reference(config.algorithm) and adapters is None:
         reference = hf.prepare(copy.deepcopy(model))
     if config.learner.activation_checkpoint == "full":
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
     learner = TorchLearner(
         model,
         config.train,

@@ -128,3 +128,9 @@ class Decoder:
 def hidden_states(model: CausalLM, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
     """See Decoder.hidden_states."""
     return Decoder(model).hidden_states(token_ids, position_ids, attend)
+
+
+def recompute_activations(model: CausalLM) -> None:
+    """From now on the backward pass computes every layer again, and of a layer only its input is kept."""
+    for module in model.model.layers:
+        module.gradient_checkpointing = True

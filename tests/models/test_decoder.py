@@ -7,7 +7,7 @@ from torch import nn
 
 from fastgrpo.models import decoder
 from fastgrpo.models.attention import PackedAttention
-from fastgrpo.models.decoder import Decoder, hidden_states
+from fastgrpo.models.decoder import Decoder, hidden_states, recompute_activations
 from fastgrpo.models.hf import prepare
 
 IDS = torch.arange(2, 14)
@@ -49,7 +49,7 @@ def test_packed_copies_compute_the_same_and_live_with_their_decoder(kind, monkey
 
 def test_recomputed_activations_change_no_bit():
     plain, recomputing = make_model("qwen3").train(), make_model("qwen3").train()
-    recomputing.gradient_checkpointing_enable()
+    recompute_activations(recomputing)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         out = hidden(recomputing)
