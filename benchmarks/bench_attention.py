@@ -1,7 +1,7 @@
 """Packed attention with shared prompts, against flash attention over repeated prompts and over a padded batch.
 
 All three attend the same completions; the first computes a prompt's rows once, the others once a completion. `kernels`
-names the implementations that are installed, and `is_exact` holds each to float64.
+names the implementations that are installed, and `wrong` holds each to float64.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from harness import Table, Variant, compare
 from torch import Tensor
 
-from fastgrpo.kernels import reference, varlen_kernels
+from fastgrpo.kernels import varlen_kernels
 from fastgrpo.kernels.segment_attention import SegmentPlan, segment_attention
+from fastgrpo.verify.layers import RAGGED, TOLERANCE, attention, layout
 
 KERNEL = "segment_attention"
 SHAPES = ((512, 2048, 16, 1), (1024, 1024, 8, 2), (4096, 1024, 8, 1), (128, 512, 8, 4))
 """(P, R, G, groups): prompt, longest completion, completions of a prompt."""
 SMOKE_SHAPES = ((9, 12, 3, 2),)
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
-RAGGED = [(70, [200, 1, 0, 333]), (1, [1]), (300, []), (257, [64, 65, 500]), (5, [3, 2])]
-"""Prompts and completions of every awkward length."""
 
 
 def bench(table: Table, *, smoke: bool = False) -> None:
@@ -63,18 +62,6 @@ def bench(table: Table, *, smoke: bool = False) -> None:
             compare(table, KERNEL, x, variants, rounds=3 if smoke else 10)
 
 
-def layout(groups: list[tuple[int, list[int]]]) -> Tensor:
-    """(K, 4) int64: segments of prompts, each followed by its completions, from their lengths."""
-    rows, at = [], 0
-    for prompt, completions in groups:
-        start, at = at, at + prompt
-        rows.append((start, at, 0, 0))
-        for length in completions:
-            rows.append((at, at + length, start, start + prompt))
-            at += length
-    return torch.tensor(rows)
-
-
 def kernels(device: torch.device) -> Iterator[str | None]:
     """The implementations there are for the device; None is a CPU's."""
     if device.type == "cpu":
@@ -90,25 +77,14 @@ def kernels(device: torch.device) -> Iterator[str | None]:
     varlen_kernels.choose("auto")
 
 
-def is_exact(device: torch.device, name: str | None) -> bool:
-    """Outputs and gradients are float64's to the rounding of bfloat16, with and without heads that share keys."""
+def wrong(device: torch.device, name: str | None) -> list[str]:
+    """What is not float64's to the rounding of bfloat16, with and without heads that share keys."""
     kernel = None if name is None else varlen_kernels.choose(name)
-    segments = layout(RAGGED)
+    segments, dtype, found = layout(RAGGED), torch.bfloat16, []
     plan = SegmentPlan(segments, device, kernel=kernel)
-    for heads, kv_heads, size in ((4, 4, 64), (8, 2, 128)):
+    for sizes in ((4, 4, 64), (8, 2, 128)):
         torch.manual_seed(0)
-        q, k, v, grad = (
-            torch.randn(plan.num_rows, count, size, device=device, dtype=torch.bfloat16)
-            for count in (heads, kv_heads, kv_heads, heads)
-        )
-        results = []
-        for compute, which, dtype in (
-            (segment_attention, plan, torch.bfloat16),
-            (reference.segment_attention, segments, torch.float64),
-        ):
-            inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-            out = compute(*inputs, which, scale=size**-0.5)
-            results.append((out, *torch.autograd.grad(out, inputs, grad.to(dtype))))
-        if not all((a.double() - b).norm() <= 1e-2 * b.norm() for a, b in zip(*results, strict=True)):
-            return False
-    return True
+        errors = attention(plan, segments, *sizes, dtype).errors()
+        if not all(error <= TOLERANCE[dtype] for error in errors.values()):
+            found.append(f"heads, key/value heads and their size {sizes}: {errors}")
+    return found

@@ -96,10 +96,10 @@ def plan(arguments: list[str]) -> int:
 
 def verify(arguments: list[str]) -> int:
     """Compare this machine's loss head with float64, for every objective; exit code 1 where anything is off."""
-    from fastgrpo.verify import VerifyConfig, run
+    from fastgrpo.verify import VerifyConfig, everything
     from fastgrpo.verify.table import report
 
-    return run_hydra("verify", arguments, lambda config, _: report(list(run(config))), VerifyConfig)
+    return run_hydra("verify", arguments, lambda config, _: report(list(everything(config))), VerifyConfig)
 
 
 def report(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
-"""Is the fused path computing my loss? Every objective against a float64 oracle, on this machine and dtype.
+"""Is the fused path computing my loss? Every objective, and every kernel of a layer, against a float64 oracle, on this
+machine and dtype.
 
-`fastgrpo verify` prints the table; tests/kernels use the same cases and the same oracle.
+`fastgrpo verify` prints the tables; tests/kernels use the same cases and the same oracle.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from fastgrpo.algorithms.objective import objective_of
 from fastgrpo.config import AlgorithmConfig
 from fastgrpo.kernels import reference
 from fastgrpo.kernels.objective import RATIO_LEVELS, Objective
+from fastgrpo.kernels.segment_attention import SegmentPlan
 from fastgrpo.verify.cases import AGGREGATIONS, MASKS, OBJECTIVES, Case, make_case, max_logit
+from fastgrpo.verify.layers import RAGGED, TOLERANCE, Sizes, attention, layout, operations
 from fastgrpo.verify.oracle import check_linear_policy_loss, check_logprobs, check_policy_loss, tolerances
 from fastgrpo.verify.table import Check
 
@@ -52,12 +55,42 @@ def objectives_of(config: VerifyConfig) -> dict[str, Objective]:
     return {f"{level} ratio": objective_of(algorithm, temperature=0.9) for level, algorithm in by_level.items()}
 
 
+def everything(config: VerifyConfig) -> Iterator[Check]:
+    """The loss head, and unless it is about a surrogate of one's own, the kernels of a decoder layer."""
+    yield from run(config)
+    if config.surrogate is None:
+        yield from run_layers(config)
+
+
+def run_layers(config: VerifyConfig) -> Iterator[Check]:
+    """Every kernel of a decoder layer x dtype, at even and at odd sizes."""
+    device = torch.device(_device(config))
+    even = Sizes(
+        rows=config.num_tokens, hidden=config.hidden_size, ffn=3 * config.hidden_size, heads=4, kv_heads=2, head=64
+    )
+    odd = Sizes(rows=config.num_tokens + 1, hidden=config.hidden_size + 3, ffn=2051, heads=7, kv_heads=1, head=80)
+    segments = layout(RAGGED)
+    plan = SegmentPlan(segments, device)
+    for name in config.dtypes:
+        torch.manual_seed(config.seed)
+        dtype = getattr(torch, name)
+        for sizes in (even, odd):
+            wide = attention(plan, segments, sizes.heads, sizes.kv_heads, sizes.head, dtype)
+            for operation in (*operations(sizes, dtype, device, config.backend), wide):
+                for quantity, error in operation.errors().items():
+                    yield Check(
+                        op=operation.name, dtype=name, quantity=quantity, error=error, tolerance=TOLERANCE[dtype]
+                    )
+
+
+def _device(config: VerifyConfig) -> str:
+    return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def run(config: VerifyConfig, objectives: dict[str, Objective] | None = None) -> Iterator[Check]:
-    """Every objective x aggregation x mask x dtype, on- and off-policy, through every op."""
+    """Every objective x aggregation x mask x dtype, on- and off-policy, through every op of the loss head."""
     objectives = objectives_of(config) if objectives is None else objectives
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(config)
     grid = product(config.dtypes, AGGREGATIONS, MASKS, objectives.items(), (False, True))
     for dtype, aggregation, mask, (name, objective), on_policy in grid:
         case = make_case(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+OF_THE_HEAD = ("loss", "logprobs", "entropy", "dlogits", "dhidden", "dweight")
+OF_A_LAYER = ("output", "gradient")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One quantity of one case: its error and the error it may have."""
 
     op: str
-    objective: str
-    aggregation: str
-    mask: str
     dtype: str
     quantity: str
     error: float
     tolerance: float
+    objective: str = "-"
+    aggregation: str = "-"
+    mask: str = "-"
 
     @property
     def ok(self) -> bool:
@@ -34,8 +37,13 @@ def report(checks: list[Check]) -> int:
 
 
 def table(checks: list[Check]) -> str:
-    """A line per op, objective and dtype: the worst error of each quantity over aggregations and masks."""
-    quantities = ("loss", "logprobs", "entropy", "dlogits", "dhidden", "dweight")
+    """A line per op, objective and dtype: the worst error of each quantity over aggregations, masks and sizes. One
+    table of the loss head and one of a layer's kernels."""
+    parts = [(q, [check for check in checks if check.quantity in q]) for q in (OF_THE_HEAD, OF_A_LAYER)]
+    return "\n\n".join(_table(members, quantities) for quantities, members in parts if members)
+
+
+def _table(checks: list[Check], quantities: tuple[str, ...]) -> str:
     groups: dict[tuple[str, str, str], list[Check]] = {}
     for check in checks:
         groups.setdefault((check.op, check.objective, check.dtype), []).append(check)
