@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgrpo.kernels import reference
 from fastgrpo.kernels.backend import on_device, use_triton
-from fastgrpo.kernels.launch import unspecialized
+from fastgrpo.kernels.launch import options, unspecialized
 from fastgrpo.kernels.row_math import larger
 
 NORMALIZE = ("std", "none")
@@ -118,7 +118,7 @@ def group_advantages(
                 NORMALIZE_STD=normalize == "std",
                 LEAVE_ONE_OUT=leave_one_out,
                 BLOCK=1024,
-                num_warps=4,
+                **options(num_warps=4),
             )
     return advantages
 

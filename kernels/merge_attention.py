@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgrpo.kernels.backend import on_device, use_triton
 from fastgrpo.kernels.dense_attention import merge
-from fastgrpo.kernels.launch import unspecialized
+from fastgrpo.kernels.launch import options, unspecialized
 
 _ELEMENTS = 2048
 """In one program: 16 for each of 128 threads."""
@@ -84,5 +84,5 @@ def merge_in_place(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, *, 
             HEAD_SIZE=size,
             ROWS=rows,
             COLUMNS=columns,
-            num_warps=4,
+            **options(num_warps=4),
         )

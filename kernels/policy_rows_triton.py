@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgrpo.kernels import torch_rows
 from fastgrpo.kernels.chunks import Span
 from fastgrpo.kernels.custom_terms import custom_terms
-from fastgrpo.kernels.launch import row_shape
+from fastgrpo.kernels.launch import options, row_shape
 from fastgrpo.kernels.logprob_kernels import launch_statistics
 from fastgrpo.kernels.objective import LossInputs, Objective
 from fastgrpo.kernels.policy_kernels import policy_kernel, sequence_kernel, sum_kernel
@@ -92,7 +92,7 @@ class TritonPolicyRows:
                 *span,
                 **self._surrogate_arguments(),
                 BLOCK=1024,
-                num_warps=4,
+                **options(num_warps=4),
             )
 
     def _combine_custom(self, gathered: Tensor, span: Span) -> None:
@@ -118,7 +118,7 @@ class TritonPolicyRows:
     def sums(self) -> tuple[Tensor, Tensor]:
         num_records, num_tokens = self.records.shape
         sums, loss = self.records.new_empty(num_records), self.records.new_empty(())
-        sum_kernel[(num_records,)](self.records, sums, loss, num_tokens, BLOCK=4096, num_warps=8)
+        sum_kernel[(num_records,)](self.records, sums, loss, num_tokens, BLOCK=4096, **options(num_warps=8))
         return sums, loss
 
     def _launch(self, tile: Tensor, span: Span, out: Tensor | None) -> Tensor:

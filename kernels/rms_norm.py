@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgrpo.kernels.backend import on_device, use_triton
-from fastgrpo.kernels.launch import unspecialized
+from fastgrpo.kernels.launch import options, unspecialized
 
 _PROGRAMS = 512
 """Of the backward pass, each with a float32 row of grad_weight: four on each of an H200's multiprocessors."""
@@ -99,10 +99,10 @@ def norm_backward_kernel(
 
 
 def _shape(size: int) -> dict[str, Any]:
-    """ROWS, COLUMNS and num_warps for rows of that size: 16 elements a thread, up to 8192 of them."""
+    """ROWS, COLUMNS and options for rows of that size: 16 elements a thread, up to 8192 of them."""
     columns = triton.next_power_of_2(size)
     rows = max(1, 2048 // columns)
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(16, rows * columns // 512)}
+    return {"ROWS": rows, "COLUMNS": columns, **options(num_warps=min(16, rows * columns // 512))}
 
 
 def _forward(x: Tensor, change: Tensor | None, weight: Tensor, epsilon: float, backend: str) -> tuple[Tensor, ...]:

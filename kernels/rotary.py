@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgrpo.kernels.backend import on_device, use_triton
-from fastgrpo.kernels.launch import unspecialized
+from fastgrpo.kernels.launch import options, unspecialized
 
 _ELEMENTS = 2048
 """Of one program's tile: 16 for each of 128 threads."""
@@ -188,7 +188,7 @@ def _forward(
                 epsilon,
                 IS_NORMED=weight is not None,
                 **tile,
-                num_warps=4,
+                **options(num_warps=4),
             )
     return q, k
 
@@ -249,7 +249,7 @@ def _backward(
                 epsilon,
                 IS_NORMED=bool(normed),
                 **tile,
-                num_warps=4,
+                **options(num_warps=4),
             )
     return parts.sum(0).to(weight.dtype) if normed else None
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo.kernels.backend import on_device, use_triton
-from fastgrpo.kernels.launch import unspecialized
+from fastgrpo.kernels.launch import options, unspecialized
 
 _BLOCK = 4096
 _PROGRAMS = 2048
@@ -43,7 +43,7 @@ def scale_in_place(grad: Tensor | None, scale: Tensor | None, *, backend: str = 
     if grad.numel():
         with on_device(grad):
             scale_kernel[(min(grad.shape[0], _PROGRAMS),)](
-                grad, scale, *grad.shape, grad.stride(0), BLOCK=_BLOCK, num_warps=8
+                grad, scale, *grad.shape, grad.stride(0), BLOCK=_BLOCK, **options(num_warps=8)
             )
     return grad
 

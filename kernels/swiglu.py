@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgrpo.kernels.backend import on_device, use_triton
-from fastgrpo.kernels.launch import unspecialized
+from fastgrpo.kernels.launch import options, unspecialized
 
 _BLOCK = 2048
 """Columns of one program: 16 for each of 128 threads."""
@@ -68,7 +68,7 @@ def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
         gate, up = _rows(gate), _rows(up)
         with on_device(out):
             swiglu_kernel[(len(gate) * num_blocks,)](
-                gate, up, out, num_blocks, size, gate.stride(0), up.stride(0), BLOCK=_BLOCK, num_warps=4
+                gate, up, out, num_blocks, size, gate.stride(0), up.stride(0), BLOCK=_BLOCK, **options(num_warps=4)
             )
     return out
 
@@ -97,7 +97,7 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up
                 up.stride(0),
                 grad_gate.stride(0),
                 BLOCK=_BLOCK,
-                num_warps=4,
+                **options(num_warps=4),
             )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"  # as Triton 3.10 is to have it: what a launch needs it must ask for
 
 import torch
 import triton
@@ -252,6 +253,7 @@ def measure(capability: int) -> Iterator[tuple[str, dict[str, int]]]:
         call()
         for (name, key), kernel in compiled(capability).items():
             if (name, key) not in before:
+                assert kernel.metadata.enable_fp_fusion, name
                 yield f"{scenario} / {name} / sm_{capability}", resources(kernel)
 
 
