@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -129,8 +130,14 @@ def add_adapters(model: CausalLM, config: LoraConfig, *, seed: int) -> Adapters:
         import peft
     except ModuleNotFoundError as error:
         raise UserError(f"model.lora: {error.name} is not installed; pip install fastgrpo[lora]") from None
-    if config.path is not None:
-        return _ready(model, _load(peft, model, config.path))
+    with warnings.catch_warnings():  # PEFT looks at names that newer transformers want called otherwise
+        warnings.simplefilter("ignore", FutureWarning)
+        return _ready(
+            model, _fresh(peft, model, config, seed) if config.path is None else _load(peft, model, config.path)
+        )
+
+
+def _fresh(peft: Any, model: CausalLM, config: LoraConfig, seed: int) -> Any:
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = sorted(set(config.target_modules) - (names - {"lm_head"}))
     if unknown:
@@ -147,7 +154,7 @@ def add_adapters(model: CausalLM, config: LoraConfig, *, seed: int) -> Adapters:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _ready(model, peft.get_peft_model(model, shape))
+        return peft.get_peft_model(model, shape)
 
 
 def add_to_skeleton(path: str, config: LoraConfig, *, dtype: torch.dtype, seed: int) -> Adapters:
