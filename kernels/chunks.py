@@ -1,4 +1,4 @@
-"""Row chunks: how many rows of logits may exist at once, where chunks may begin, and their three GEMMs.
+"""Row chunks: how many rows of logits may exist at once, where a chunk may begin, and the three GEMMs of a chunk.
 
 Letters: C rows of a chunk, H hidden, V vocabulary (shard).
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgrpo.kernels.cpu_linear import linear
 
 Span = tuple[int, int]
-"""First token and the one behind the last."""
+"""The first token, and the one after the last."""
 
 _CPU_STRIP_ELEMENTS = 1 << 20  # see torch_rows: a chunk of one strip computes its exponentials once
 _CPU_TILE_ELEMENTS = 1 << 24
@@ -28,7 +28,10 @@ _CPU_UPCAST_ROWS = 4096  # rows of a half-precision weight that are float32 at o
 
 
 def tile_dtype(asked: torch.dtype | None, dtype: torch.dtype, triton: bool) -> torch.dtype:
-    """The dtype of the tile of logits: float32 (float64 for float64) unless Triton was asked for hidden's own."""
+    """The dtype of the tile of logits: float32 (float64 for float64), unless hidden's own was requested on Triton.
+
+    Raises ValueError for any other request.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     if asked is None or asked == wide:
         return wide
@@ -39,10 +42,10 @@ def tile_dtype(asked: torch.dtype | None, dtype: torch.dtype, triton: bool) -> t
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkRows:
-    """Rows that exist at once: `logits` of the wide tile, and `gradients` of the dlogits that two GEMMs then take.
+    """Rows that exist at once: `logits` in the wide tile, `gradients` in the dlogits that two GEMMs then consume.
 
-    They differ where dlogits are narrower than the tile: logits then come in strips, and the GEMMs behind them, which
-    pay for every chunk (see chunk_rows), take many strips together.
+    The two differ if dlogits are narrower than the tile. Logits are then computed in strips, and the two GEMMs, which
+    have a cost per chunk (see gpu_chunk_rows), process many strips at once.
     """
 
     logits: int
@@ -52,13 +55,16 @@ class ChunkRows:
 def chunk_rows(
     asked: int | None, weight: Tensor, logits_dtype: torch.dtype, *, gradient: bool, strips: bool = True
 ) -> ChunkRows:
-    """Rows of a chunk: what was asked for, or from the weight (V, H), the dtypes and the device.
+    """The rows of a chunk: as requested, or chosen from the weight (V, H), the dtypes and the device.
 
-    Total and not free memory: the chunks fix the order in which dWeight accumulates, and a run must repeat
-    bit by bit whatever else happens to be allocated. In steps of 4 GiB: the ranks of a vocabulary must agree.
+    On a GPU, the choice depends on total rather than free memory: the chunks determine the order in which dWeight
+    accumulates, and a run must be reproducible bit by bit whatever else is allocated. Memory counts in steps of 4 GiB,
+    because the ranks that share a vocabulary must agree.
 
-    gradient: whether dlogits are wanted. strips: whether logits may come in strips of a chunk; not where the whole
-    chunk must be seen before any gradient.
+    gradient: whether dlogits are needed. strips: whether logits may be computed in strips of a chunk; False if the
+    whole chunk must be seen before any gradient.
+
+    Raises ValueError if fewer than 1 row is requested.
     """
     if asked is not None:
         if asked < 1:
@@ -86,14 +92,15 @@ def cpu_chunk_size(num_columns: int) -> int:
 def gpu_chunk_rows(
     *, bytes_per_row: tuple[int, int], hidden_size: int, budget: int, num_multiprocessors: int, strips: bool
 ) -> ChunkRows:
-    """The cheapest chunk of at most 4096 rows within the budget; at least 256 rows whatever it is.
+    """The cheapest chunk of at most 4096 rows within the budget, but of at least 256 rows whatever the budget.
 
-    Counted a row, in units of one of the three GEMMs at its best (docs/kernels.md derives the numbers):
-    - dHidden has C / 128 x H / 256 tiles of output, and a last wave that fills few multiprocessors idles the others;
-    - dWeight is read and written in float32 once a chunk: as long as the products of 650 rows, where nothing overlaps;
-    - the weight is read once a strip: as long as those of 160 rows, half of it hidden behind them.
+    The cost is counted per row, in units of one of the three GEMMs at its best (docs/kernels.md derives the numbers):
+    - dHidden has C / 128 x H / 256 output tiles, and a last wave that fills few multiprocessors leaves the others idle;
+    - dWeight is read and written in float32 once per chunk, which takes as long as the products of 650 rows if nothing
+      overlaps;
+    - the weight is read once per strip, which takes as long as the products of 160 rows, half of it hidden behind them.
 
-    bytes_per_row: of the tile of logits, and of dlogits beside it.
+    bytes_per_row: of the tile of logits, and of the dlogits beside it.
     """
     best, least = ChunkRows(logits=256, gradients=256), math.inf
     for rows in range(256, 4097, 128):
@@ -111,9 +118,11 @@ def gpu_chunk_rows(
 def plan_units(num_tokens: int, chunk_size: int, bounds: Sequence[int] | None = None) -> list[list[Span]]:
     """Cut [0, num_tokens) into units, each a list of chunks of at most chunk_size rows.
 
-    What one token's gradient needs lies inside its unit. Without `bounds` a unit is a chunk. With them
-    (cu_seqlens as a list) a unit holds whole sequences: as many as fit one chunk, or a single longer one in
-    several chunks, whose logits are then computed twice.
+    Everything that a token's gradient needs lies inside its unit. Without `bounds`, a unit is a single chunk. With
+    `bounds` (cu_seqlens as a list), a unit holds whole sequences: as many as fit into one chunk, or a single longer one
+    in several chunks, whose logits are then computed twice.
+
+    Raises ValueError if `bounds` do not rise from 0 to num_tokens.
     """
     if bounds is None:
         bounds = [*range(0, num_tokens, chunk_size), num_tokens]
@@ -136,7 +145,7 @@ def plan_units(num_tokens: int, chunk_size: int, bounds: Sequence[int] | None = 
 
 
 def logits(tile: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden (C, H) @ weight (V, H) transposed, (C, V), in float32 or wider; in the tile where that is free."""
+    """(C, V) = hidden (C, H) @ weight (V, H) transposed, in the tile's dtype, and in its memory where that is free."""
     if tile.dtype == hidden.dtype == weight.dtype:
         if _through_onednn(hidden):
             return linear(hidden, weight)
@@ -167,7 +176,7 @@ def hidden_gradient_into(out: Tensor, dlogits: Tensor, weight: Tensor) -> None:
 
 
 def weight_gradient_into(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool, scale: float = 1.0) -> None:
-    """total (V, H) = scale * dlogits (C, V) transposed @ hidden (C, H), added to what is there unless `first`."""
+    """total (V, H) += scale * dlogits (C, V) transposed @ hidden (C, H); with `first`, total is overwritten instead."""
     if dlogits.dtype == hidden.dtype == total.dtype and _through_onednn(hidden) and total.numel() <= _ONEDNN_SUM:
         product = linear(hidden.T, dlogits.T).T
         torch.mul(product, scale, out=total) if first else total.add_(product, alpha=scale)
@@ -180,5 +189,5 @@ def weight_gradient_into(total: Tensor, dlogits: Tensor, hidden: Tensor, *, firs
 
 
 def _through_onednn(x: Tensor) -> bool:
-    """float32 on a CPU, where oneDNN takes half of MKL's time off Intel's processors (see cpu_linear.py)."""
+    """float32 on a CPU, where oneDNN takes half of MKL's time on processors not made by Intel (see cpu_linear.py)."""
     return x.device.type == "cpu" and x.dtype == torch.float32

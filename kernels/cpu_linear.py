@@ -1,9 +1,9 @@
 """float32 matrix products on a CPU through oneDNN.
 
-torch hands float32 products to MKL, which runs at half speed or less on CPUs that are not Intel's, while the oneDNN in
-the same wheel does not: on a 2-core AMD EPYC 9005 a (4608, 256) x (256, 256) product runs at 368 against 162 GFLOP/s,
-both exact float32 (`python benchmarks/bench_cpu_linear.py` measures it on your machine). So the CPU's models compute
-their linear layers here; anything but a float32 CPU tensor goes torch's usual way.
+torch passes float32 products to MKL, which runs at half speed or less on CPUs not made by Intel. The oneDNN in the same
+wheel does not: on a 2-core AMD EPYC 9005, it runs a (4608, 256) x (256, 256) product at 368 GFLOP/s, against MKL's 162,
+both in exact float32 (`python benchmarks/bench_cpu_linear.py` measures this on your machine). Models on a CPU therefore
+compute their linear layers here; anything but a float32 CPU tensor takes torch's usual path.
 
 Letters: M rows, K inputs, N outputs.
 """
@@ -21,7 +21,7 @@ MIN_ROWS = 8
 
 
 def is_available() -> bool:
-    """Whether this build of torch holds oneDNN's linear operator."""
+    """Whether this build of torch includes oneDNN's linear operator."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -31,15 +31,15 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether `pack` takes it: a float32 matrix on a CPU, where this torch holds oneDNN."""
+    """Whether `pack` accepts it: a non-empty float32 matrix on a CPU, in a torch that includes oneDNN."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() > 0 and is_available()
 
 
 def pack(weight: Tensor, num_rows: int) -> Tensor:
-    """A copy of weight (N, K) in the layout that oneDNN multiplies with, for `linear` without a gradient.
+    """A copy of weight (N, K) in the layout that oneDNN multiplies with, for `linear` without gradients.
 
-    Otherwise every product brings it into that layout anew, a third of the time of one with 64 rows. num_rows: of most
-    products; others are right too.
+    Without packing, every product converts the weight to that layout anew, which takes a third of the time of a
+    product with 64 rows. num_rows: the rows of most products; other numbers of rows give correct results too.
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
 
@@ -64,10 +64,10 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, differentiable once: (..., K), (N, K), (N,) -> (..., N).
+    """x weight^T + bias: (..., K), (N, K), (N,) -> (..., N).
 
-    float32 CPU tensors with enough rows go through oneDNN, and all with a packed weight; everything else through
-    torch.nn.functional.linear.
+    float32 CPU tensors with at least MIN_ROWS rows go through oneDNN where torch includes it, as do all with a packed
+    weight. There are no second derivatives then. Everything else goes through torch.nn.functional.linear.
     """
     if weight.is_mkldnn:
         return _product(x, weight, bias)
@@ -86,7 +86,7 @@ class CpuLinear(nn.Linear):
 
 
 def use_cpu_linear(model: nn.Module) -> None:
-    """Let every plain nn.Linear of the model compute through `linear`; its parameters and names stay as they are."""
+    """Make every plain nn.Linear of the model compute through `linear`; parameters and their names do not change."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = CpuLinear

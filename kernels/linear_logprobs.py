@@ -1,11 +1,11 @@
-"""Logprobs and entropies from hidden states, the logits never held beyond a chunk of rows.
+"""Logprobs and entropies from hidden states; only a chunk of rows of the logits is held at any time.
 
     lp = log softmax(X W^T / temperature)[target],      H = -sum p log p,
     dL/dZ = (g (1[target] - p) - h p (log p + H)) / temperature   for upstream gradients g of lp and h of H.
 
-The upstream gradients of single tokens are unknown in the forward pass, so backward computes each chunk's
-logits again: 8 T H V operations in place of the policy loss's 6. Under tensor parallelism the statistics of all
-rows travel in one all-gather of 16 bytes a row and rank.
+The upstream gradients of individual tokens are unknown in the forward pass, so the backward pass computes each chunk's
+logits again: 8 T H V operations instead of the policy loss's 6. Under tensor parallelism, the statistics of all rows
+travel in one all-gather of 16 bytes per row and rank.
 
 Letters: T tokens, H hidden, V vocabulary (shard), R ranks.
 """
@@ -118,13 +118,13 @@ def linear_logprobs(
 
     Args:
         hidden: (T, H) float32, bfloat16 or float16 (float64 on the torch backend). weight: (V, H), same dtype;
-            under tensor parallelism this rank's shard, equally large on all ranks.
-        targets: (T,) int64 in [0, V), or -100 for a row that yields zeros and whose hidden may hold NaN.
+            under tensor parallelism this rank's shard, of equal size on all ranks.
+        targets: (T,) int64 in [0, V), or -100 for a row that yields zeros and whose hidden state may hold NaN.
         temperature, entropy: see logprobs.
         tp_group, vocab_size, chunk_size, logits_dtype, reduce_grad_hidden, backend: see linear_policy_loss.
 
-    Returns: (T,) float32 (float64 from float64), or with `entropy` a pair (logprobs, entropy).
-    Raises: ValueError, naming the argument; on a GPU a target outside the vocabulary yields NaN instead.
+    Returns: (T,) float32 (float64 from float64), or with `entropy` a pair (logprobs, entropy) of these.
+    Raises: ValueError, naming the argument. On a GPU, a target outside the vocabulary yields NaN instead.
     """
     check_hidden_and_weight(hidden, weight, targets)
     shard = VocabShard.of(weight.shape[0], vocab_size, tp_group)

@@ -1,11 +1,11 @@
-"""From hidden states to the gradient of the objective, with the gradient computed in the forward pass.
+"""The objective from hidden states, with its gradient computed in the forward pass.
 
 A chunk of rows at a time:   Z = X_c W^T   ->   row operations: loss and dZ in place of Z
                              dX_c = dZ W   ->   dW += dZ^T X_c
-The (T, V) logits never exist, and no GEMM runs twice: 6 T H V operations where autograd through a checkpointed
-chunk needs 8. It is legal because dZ's row t needs nothing that is unknown when its chunk is computed (see
-token_terms.py); where a sequence's ratio is needed, chunks end at sequence boundaries (see chunks.plan_units).
-The upstream gradient is a scalar and is multiplied in later, on the device.
+The (T, V) logits never exist in full, and no GEMM runs twice: 6 T H V operations, where autograd through a checkpointed
+chunk needs 8. This is possible because row t of dZ depends on nothing that is still unknown when its chunk
+is computed (see token_terms.py); where a sequence's ratio is needed, chunks end at sequence boundaries (see
+chunks.plan_units). The upstream gradient is a scalar and is multiplied in later, on the device.
 
 Letters: T scored tokens, H hidden, V vocabulary (shard).
 """
@@ -34,7 +34,7 @@ _NAME = "fastgrpo.kernels.linear_policy_loss"
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """Everything about a call but its two differentiable tensors."""
+    """Everything about a call except its two differentiable tensors."""
 
     batch: LossInputs
     objective: Objective
@@ -83,7 +83,7 @@ def _run(
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
-    """Forward: loss and unscaled gradients. Backward: the scalar upstream gradient, multiplied in."""
+    """Forward: loss and unscaled gradients. Backward: multiply by the scalar upstream gradient."""
 
     @staticmethod
     def forward(
@@ -130,32 +130,33 @@ def linear_policy_loss(
     entropy: bool = True,
     backend: str = "auto",
 ) -> LossOutput:
-    """The objective on logits hidden @ weight^T, which are never held beyond a chunk of rows.
+    """The objective on logits hidden @ weight^T, of which only a chunk of rows is held at any time.
 
     Args:
         hidden: (T, H) float32, bfloat16 or float16 (float64 on the torch backend).
-        weight: (V, H), same dtype; under tensor parallelism this rank's shard, equally large on all ranks.
-            Either of the two may need no gradient.
-        batch, objective: see objective.py. Rows of hidden under token_weights == 0 may hold NaN.
+        weight: (V, H), same dtype; under tensor parallelism this rank's shard, of equal size on all ranks.
+            Neither hidden nor weight has to require a gradient.
+        batch, objective: see objective.py. Rows of hidden with token_weights == 0 may hold NaN.
         tp_group: the process group that splits the vocabulary; hidden and batch are the same on all its ranks.
-        vocab_size: tokens in the whole vocabulary where the weight has padding rows behind them.
+        vocab_size: the number of tokens in the whole vocabulary, if the weight ends in padding rows.
         chunk_size: rows of logits that may exist at once; None chooses from V and the device's memory.
-        logits_dtype: of the tile of logits; None is float32. hidden's own bfloat16 halves its memory and costs
-            about 4e-2 at worst in a logprob (docs/kernels.md). Triton backend only.
-        grad_weight_buffer: (V, H), dWeight is *added* here during the forward pass (Megatron's main_grad) and
-            weight's own gradient stays None. A weight with the attribute grad_added_to_main_grad has it set to
-            True and receives zeros, as Megatron's hooks expect. For bfloat16 and float32: float16 loses what a
-            batch's small weights leave of it.
-        grad_scale: the upstream gradient to expect with grad_weight_buffer, where it must be known beforehand;
-            another one at backward turns hidden's gradient into NaN rather than leaving the two inconsistent.
-        reduce_grad_hidden: sum hidden's gradient over tp_group; False where the caller reduces (or
+        logits_dtype: dtype of the tile of logits; None means float32. hidden's own bfloat16 halves the tile's memory
+            and costs about 4e-2 at worst in a logprob (docs/kernels.md). Triton backend only.
+        grad_weight_buffer: (V, H); dWeight is *added* to it during the forward pass (Megatron's main_grad), and
+            weight's own gradient stays None. If weight has the attribute grad_added_to_main_grad, that is set to
+            True and weight receives zeros, as Megatron's hooks expect. Meant for bfloat16 and float32: in
+            float16, gradients made small by a batch's token weights are lost.
+        grad_scale: the upstream gradient to expect with grad_weight_buffer, which must be known in advance; any
+            other one in the backward pass turns hidden's gradient into NaN rather than leaving the two inconsistent.
+        reduce_grad_hidden: whether to sum hidden's gradient over tp_group; False if the caller reduces (or
             reduce-scatters) it, as Megatron's sequence parallelism does.
-        entropy: report the entropy also where the objective does not need it.
-        backend: "auto" (Triton on CUDA, torch on CPU), "torch" or "triton".
+        entropy: report the entropy even if the objective does not need it.
+        backend: "auto" (Triton on CUDA, torch on CPU and for float64), "torch" or "triton".
 
-    Returns: LossOutput; loss is float32 (float64 from float64). Its gradient may be taken once, not twice.
-    Raises: ValueError, naming the field, for shapes, dtypes, missing data and, on a CPU, for targets outside the
-        vocabulary. On a GPU, where looking would wait for the device, such a target makes the loss NaN.
+    Returns: LossOutput; loss is float32 (float64 from float64). It can be backpropagated through once, without second
+        derivatives.
+    Raises: ValueError, naming the field, for wrong shapes or dtypes, missing data and, on a CPU, targets outside the
+        vocabulary. On a GPU, where checking would mean waiting for the device, such a target makes the loss NaN.
     """
     batch.require_for(objective)
     check_hidden_and_weight(hidden, weight, batch.targets)

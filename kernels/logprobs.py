@@ -1,4 +1,6 @@
-"""Log-probability of the target, and entropy, from logits: one read forward, one read and one write backward.
+"""Log-probability of the target, and entropy, from logits.
+
+One read of the logits in the forward pass, one read and one write in the backward pass:
 
     lp = log softmax(z / temperature)[target],   H = -sum p log p,
     dL/dz = (g (1[target] - p) - h p (log p + H)) / temperature   for upstream gradients g of lp and h of H.
@@ -69,7 +71,7 @@ class _LogprobsTriton(torch.autograd.Function):
 
 
 def contiguous_upstream(grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both upstream gradients as the kernel reads them; a missing one of the logprobs is zeros."""
+    """Both upstream gradients as the kernel reads them; if that of the logprobs is missing, it becomes zeros."""
     if grad_logprobs is None:
         assert grad_entropy is not None
         grad_logprobs = torch.zeros_like(grad_entropy)
@@ -230,17 +232,17 @@ def logprobs(
     entropy: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature) at the target, and on request the entropy, with gradients for both.
+    """log softmax(logits / temperature) at the target and, on request, the entropy; both are differentiable.
 
     Args:
-        logits: (T, V) float32, bfloat16 or float16 (float64 on the torch backend); computed in float32.
-        targets: (T,) int64 in [0, V), or -100 for a row that yields zeros, gradient included.
+        logits: (T, V) float32, bfloat16 or float16, computed in float32 (float64 on the torch backend).
+        targets: (T,) int64 in [0, V), or -100 for a row whose results and gradient are zero.
         temperature: divides the logits; > 0.
-        entropy: return it too.
-        backend: "auto" (Triton on CUDA, torch on CPU), "torch" or "triton".
+        entropy: also return the entropy.
+        backend: "auto" (Triton on CUDA, torch on CPU and for float64), "torch" or "triton".
 
-    Returns: (T,) float32 (float64 from float64), or a pair (logprobs, entropy).
-    Raises: ValueError, naming the argument; on a GPU a target outside the vocabulary yields NaN instead.
+    Returns: (T,) float32 (float64 from float64), or a pair (logprobs, entropy) of these.
+    Raises: ValueError, naming the argument. On a GPU, a target outside the vocabulary yields NaN instead.
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must be (T, V) and (T,)")
@@ -256,7 +258,7 @@ def logprobs(
 
 
 def check_row_targets(targets: Tensor, vocab_size: int, temperature: float, *, triton: bool) -> None:
-    """Raise ValueError on an impossible temperature and, where looking does not wait for a GPU, target."""
+    """Raise ValueError for an invalid temperature and, where checking does not mean waiting for a GPU, target."""
     if not temperature > 0.0:
         raise ValueError(f"temperature={temperature}: use a value > 0")
     if triton and targets.device.type == "cuda":

@@ -1,7 +1,11 @@
-"""Two attentions of the same queries over different keys made one, in place: out and lse of the union.
+"""Merge the attention of the same queries over two sets of keys, in place, into that over their union.
 
-lse = log(e^lse1 + e^lse2) and out = out1 + sigmoid(lse2 - lse1) (out2 - out1), in float32 and rounded once. Reads both
-outputs and writes one: 6 bytes an element in bfloat16, and no temporary. Letters: T queries, A heads, D head size.
+    lse = log(e^lse1 + e^lse2),   out = out1 + sigmoid(lse2 - lse1) (out2 - out1)
+
+computed in float32 and rounded once. Both outputs are read and one is written: 6 bytes per element in bfloat16, without
+temporaries.
+
+Letters: T queries, A heads, D head size.
 """
 
 from __future__ import annotations
@@ -56,11 +60,11 @@ def merge_kernel(
 
 
 def merge_in_place(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, *, backend: str = "auto") -> None:
-    """Make `out` and `lse` those of the attention over both key sets.
+    """Update `out` and `lse` to those of the attention over both sets of keys.
 
-    out, part: (T, A, D), D contiguous. lse, part_lse: (A, T), contiguous, float32 (float64 for float64). Where
-    part_lse is infinite, of either sign, the part had no key: `part` is 0 there and changes nothing.
-    backend: "auto" (Triton on CUDA, torch on CPU), "torch" or "triton".
+    out, part: (T, A, D), contiguous in D. lse, part_lse: (A, T), contiguous, float32 (float64 for float64).
+    Where part_lse is infinite, with either sign, the part has no keys: `part` is 0 there and changes nothing.
+    backend: "auto" (Triton on CUDA, torch on CPU and for float64), "torch" or "triton".
     """
     num_queries, num_heads, size = out.shape
     if not use_triton(backend, out):

@@ -1,7 +1,11 @@
-"""The objective on logits, with dlogits in the same pass: 4 bytes a bfloat16 logit where two passes move 6.
+"""The objective on logits, with dlogits computed in the same pass.
+
+Moves 4 bytes per bfloat16 logit where the cache serves the second read of a row; two separate passes move 6.
 
 See token_terms.py for the mathematics: dL/dz_j = (g (1[j = target] - p_j) - h p_j (log p_j + H)) / temperature.
-The upstream gradient is a scalar and is multiplied in later. Letters: T scored tokens, V vocabulary.
+The upstream gradient is a scalar and is multiplied in later.
+
+Letters: T scored tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ _NAME = "fastgrpo.kernels.policy_loss"
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """Forward: loss and unscaled dlogits. Backward: the scalar upstream gradient, multiplied in."""
+    """Forward: loss and unscaled dlogits. Backward: multiply by the scalar upstream gradient."""
 
     @staticmethod
     def forward(
@@ -79,15 +83,16 @@ def policy_loss(
     """The objective on logits (T, V), which autograd differentiates through.
 
     Args:
-        logits: (T, V) float32, bfloat16 or float16 (float64 on the torch backend); computed in float32.
-        batch, objective: see objective.py. Rows of logits under token_weights == 0 may hold NaN.
-        entropy: report the entropy also where the objective does not need it.
-        in_place: let the gradient overwrite the logits, whose values are lost; nobody else may read them.
-        backend: "auto" (Triton on CUDA, torch on CPU), "torch" or "triton".
+        logits: (T, V) float32, bfloat16 or float16, computed in float32 (float64 on the torch backend).
+        batch, objective: see objective.py. Rows of logits with token_weights == 0 may hold NaN.
+        entropy: report the entropy even if the objective does not need it.
+        in_place: let the gradient overwrite the logits. Their values are lost, so nothing else may read them.
+        backend: "auto" (Triton on CUDA, torch on CPU and for float64), "torch" or "triton".
 
-    Returns: LossOutput; loss is float32 (float64 from float64). Its gradient may be taken once, not twice.
-    Raises: ValueError, naming the field, for shapes, dtypes, missing data and, on a CPU, for targets outside the
-        vocabulary. On a GPU, where looking would wait for the device, such a target makes the loss NaN.
+    Returns: LossOutput; loss is float32 (float64 from float64). It can be backpropagated through once, without second
+        derivatives.
+    Raises: ValueError, naming the field, for wrong shapes or dtypes, missing data and, on a CPU, targets outside the
+        vocabulary. On a GPU, where checking would mean waiting for the device, such a target makes the loss NaN.
     """
     batch.require_for(objective)
     if logits.ndim != 2 or batch.targets.shape != logits.shape[:1]:

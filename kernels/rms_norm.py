@@ -1,11 +1,11 @@
-"""RMSNorm, and the residual sum in front of it, in one pass over memory each way.
+"""RMSNorm, alone or fused with the preceding residual sum, in one pass over memory in each direction.
 
     out = x r * weight,  r = 1 / sqrt(mean(x^2) + epsilon)                          (arXiv 1910.07467, eq. 4)
     grad_x = r (u - x r * mean(u x r)),  u = grad * weight;      grad_weight = sum over rows of grad * x r
 
-Rounded where Hugging Face's modules round: the sum, then x r, then the product with the weight. Bytes an element in
-bfloat16: 4 forward and 6 backward; with the residual sum 8 and 8. Only x is kept for the gradient, which can be taken
-once.
+Values are rounded where Hugging Face's modules round: the sum, then x r, then the product with the weight. Bytes per
+element in bfloat16: 4 forward and 6 backward; with the residual sum, 8 and 8. Only x is saved for the backward pass.
+There are no second derivatives.
 
 Letters: n rows, D the size of a row.
 """
@@ -213,9 +213,9 @@ def _check(x: Tensor, weight: Tensor, change: Tensor | None = None) -> None:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, backend: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis.
 
-    x: (..., D); weight: (D,), of x's dtype. Returns x's shape and dtype.
+    x: (..., D); weight: (D,), of x's dtype. Returns a tensor of x's shape and dtype.
     backend: "auto" (Triton on CUDA, torch on CPU and for float64), "torch" or "triton".
-    Raises ValueError where the shapes or dtypes do not fit.
+    Raises ValueError if shapes or dtypes do not match.
     """
     _check(x, weight)
     if torch.is_grad_enabled():
@@ -226,10 +226,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, backend: str = "auto"
 def add_norm(
     stream: Tensor, change: Tensor, weight: Tensor, epsilon: float, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """stream + change, and its rms_norm.
+    """The residual sum stream + change, and the rms_norm of that sum.
 
-    stream, change: (..., D), one dtype; weight: (D,). Returns two of stream's shape and dtype. backend, and
-    what is raised: as rms_norm's.
+    stream, change: (..., D), of the same dtype; weight: (D,). Returns (sum, norm), both of stream's shape and dtype.
+    backend and errors: as for rms_norm.
     """
     _check(stream, weight, change)
     if torch.is_grad_enabled():

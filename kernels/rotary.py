@@ -1,12 +1,13 @@
-"""Queries and keys out of their joint product: normalised where the model does, rotated, in one pass each way.
+"""Rotary embedding of the queries and keys in a fused QKV product, with their norms where the model has them.
 
-A head x = (x1, x2), two halves, turned by its row's angles (arXiv 2104.09864, in the halves' order of Hugging Face):
+One pass over memory in each direction. A head consists of two halves, x = (x1, x2), and is rotated by its row's angles
+(arXiv 2104.09864, with the halves in Hugging Face's order):
 
     y1 = x1 cos - x2 sin,  y2 = x2 cos + x1 sin           grad: x1 = g1 cos + g2 sin,  x2 = g2 cos - g1 sin
 
-and before that, in models with norms of queries and keys, x = rms_norm(x) over the head (rms_norm.py). Bytes an element
-of queries and keys in bfloat16: 4 forward, 6 backward (4 where nothing is normalised). The gradients of queries, keys
-and values go into one tensor, which is the product's, so that nothing is put together afterwards.
+In models that normalise queries and keys, x = rms_norm(x) over the head comes first (rms_norm.py). Bytes per element of
+queries and keys in bfloat16: 4 forward and 6 backward (4 if nothing is normalised). The gradients of queries, keys and
+values are written into one tensor, the gradient of the product, so nothing has to be concatenated afterwards.
 
 Letters: T rows, A query heads, C key/value heads, D head size.
 """
@@ -297,14 +298,14 @@ def rotary(
     epsilon: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries (T, A, D) and keys (T, C, D), and the values (T, C, D) as they are.
+    """Rotated queries (T, A, D) and keys (T, C, D), and unchanged values (T, C, D).
 
-    qkv: (T, A + 2C, D), its heads contiguous, in the order queries, keys, values; D even.
-    cos, sin: (T, 1, D) of the rows' positions, both halves alike.
-    weight: (A + C, D), by which normalised queries and keys are multiplied, with epsilon under the root; None for
-    models without these norms. With it the values are a view of qkv, which is kept for the gradient.
+    qkv: (T, A + 2C, D), with contiguous heads in the order queries, keys, values; D is even.
+    cos, sin: (T, 1, D), for the rows' positions, with two identical halves.
+    weight: (A + C, D), the norms' weights for the heads of queries and keys; epsilon is added under the root. None for
+    models without these norms. With a weight, the values are a view of qkv, which is saved for the backward pass.
     backend: "auto" (Triton on CUDA, torch on CPU and for float64), "torch" or "triton".
-    Raises ValueError where the shapes do not fit.
+    Raises ValueError if the shapes do not match.
     """
     sizes, size = [num_heads, num_kv_heads], qkv.shape[-1]
     if qkv.ndim != 3 or qkv.shape[1] != num_heads + 2 * num_kv_heads or size % 2:

@@ -1,11 +1,11 @@
-"""Attention over packed segments that may share a prefix: a group's prompt is computed once for its G completions.
+"""Attention over packed segments that may share a prefix, so that a group's prompt is computed once for G completions.
 
-A packed row attends to the past of its own segment and to the whole of its segment's prefix. That is two ordinary
-attentions whose results merge exactly by their log-sum-exp: (1) causal, every segment for itself; (2) not causal,
-the rows of all segments with one prefix against that prefix. With lse = log(e^lse1 + e^lse2) the merged output is
-e^(lse1-lse) out1 + e^(lse2-lse) out2. The backward of each part run with the *merged* out and lse gives its share of
-the gradient, because p = e^(s-lse) is then the probability under the whole softmax (as in ring attention,
-arXiv 2310.01889). No key or value is copied per completion, and no mask is made.
+A packed row attends to the past of its own segment and to all of its segment's prefix. This amounts to two ordinary
+attentions whose results can be merged exactly through their log-sum-exp: (1) causal attention within every segment;
+(2) non-causal attention of all segments that share a prefix to that prefix. With lse = log(e^lse1 + e^lse2), the merged
+output is e^(lse1-lse) out1 + e^(lse2-lse) out2. Running the backward pass of each part with the *merged* out and lse
+gives that part's share of the gradient, because p = e^(s-lse) is then the probability under the full softmax (as in
+ring attention, arXiv 2310.01889). No keys or values are copied per completion, and no mask is built.
 
 Letters: T packed rows, K segments, A query heads, C key/value heads, D head size.
 """
@@ -25,16 +25,16 @@ from fastgrpo.kernels.varlen_segments import VarlenSegments
 
 
 class SegmentPlan:
-    """How to compute attention over `segments`: made once a batch, used by every layer.
+    """How to compute attention over `segments`: built once per batch and used by every layer.
 
-    segments: (K, 4) int64 on the CPU: start, end, prefix_start, prefix_end (equal where there is no prefix). Segments
-    follow each other and cover [0, T).
-    share: the rows that this context-parallel rank computes; None for all of them. The plan then takes the queries of
-    those rows and the keys and values of all, gathered one rank's after the other's; a cut segment sees what is before
-    the cut as one more prefix.
-    kernel: None on a CPU, and the process's choice (varlen_kernels) on a GPU.
+    segments: (K, 4) int64 on the CPU: start, end, prefix_start, prefix_end; the last two are equal if there is no
+    prefix. Segments follow each other without gaps and cover [0, T).
+    share: the rows that this context-parallel rank computes; None for all rows. With a share, attention takes the
+    queries of those rows, and the keys and values of all rows, gathered in rank order; a cut segment sees the part
+    before the cut as one more prefix.
+    kernel: the variable-length kernel. None selects the process's choice (varlen_kernels) on a GPU, and none on a CPU.
 
-    Raises ValueError where segments do not follow each other or a prefix is not in the batch's rows.
+    Raises ValueError if segments do not follow each other or a prefix lies outside the batch's rows.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class SegmentPlan:
         return VarlenSegments(self.pieces, self.share, self.device, self.kernel)
 
     def way(self, q: Tensor) -> DenseSegments | VarlenSegments:
-        """How queries of this type and head size are computed: by the kernel if there is one that takes them."""
+        """How queries of this dtype and head size are computed: by the kernel, if there is one that supports them."""
         return self.varlen if self.kernel is not None and self.kernel.takes(q) else self.dense
 
 
@@ -79,12 +79,12 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, plan: SegmentPlan, *, scale: float) -> Tensor:
-    """Attention over packed segments with shared prefixes.
+    """Attention over packed segments with shared prefixes, equal to a dense softmax under the segments' mask.
 
-    q: (T, A, D), or the plan's share of these rows; k, v: (T, C, D), A a multiple of C; one dtype (float64, float32,
-    bfloat16, float16). Returns q's shape. Deterministic on a CPU. Exact: a dense softmax under the segments' mask.
+    q: (T, A, D), or the plan's share of these rows; k, v: (T, C, D), where A is a multiple of C. All have the same
+    dtype (float64, float32, bfloat16 or float16). Returns a tensor of q's shape. Deterministic on a CPU.
 
-    Raises ValueError where the plan was made for another number of rows.
+    Raises ValueError if the plan was made for a different number of rows.
     """
     for name, x, planned in (("q", q, plan.num_queries), ("k", k, plan.num_rows), ("v", v, plan.num_rows)):
         if x.shape[0] != planned:

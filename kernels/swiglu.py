@@ -1,9 +1,11 @@
-"""SwiGLU, silu(gate) * up, in one pass over memory each way (arXiv 2002.05202, with silu(x) = x sigmoid(x)).
+"""SwiGLU, silu(gate) * up, in one pass over memory in each direction.
+
+arXiv 2002.05202, with silu(x) = x sigmoid(x):
 
     grad_up = grad * silu(gate);   grad_gate = grad * up * s (1 + gate (1 - s)),  s = sigmoid(gate)
 
-Rounded where Hugging Face's modules round: silu(gate), then the product. Bytes an element of the result in bfloat16:
-6 forward, 10 backward. Only gate and up are kept for the gradient, which can be taken once.
+Values are rounded where Hugging Face's modules round: silu(gate), then the product. Bytes per element of the result in
+bfloat16: 6 forward and 10 backward. Only gate and up are saved for the backward pass. There are no second derivatives.
 
 Letters: n rows, I the size of a row of the result.
 """
@@ -137,10 +139,11 @@ class _JointSwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """silu(gate) * up: (..., I) twice, or (..., 2I) with both side by side -> (..., I).
+    """silu(gate) * up, of shape (..., I).
 
+    gate, up: (..., I) each. Without up, gate is (..., 2I) and holds both side by side, gate first.
     backend: "auto" (Triton on CUDA, torch on CPU and for float64), "torch" or "triton".
-    Raises ValueError where the shapes do not fit.
+    Raises ValueError if the shapes do not match.
     """
     if gate.shape[-1] % 2 if up is None else gate.shape != up.shape:
         what = "both side by side must be even" if up is None else f"and up {tuple(up.shape)} must be alike"
