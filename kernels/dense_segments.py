@@ -1,6 +1,7 @@
 """Attention over segments in batched dense calls: the CPU's way, and a GPU's for what flash attention cannot compute.
 
-Segments of like length share one call; the padding this needs is at most an eighth and stays inside the call.
+Segments of like length share one call. The padding that this needs stays inside the call: at most an eighth, or 15 rows
+of short segments.
 Letters: B blocks of L rows in one call, M keys, A query heads.
 """
 
